@@ -1,0 +1,1 @@
+"""The BPF programs in C, found through ``importlib.resources.files("ksmtrace.bpf")``."""

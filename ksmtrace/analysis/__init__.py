@@ -1,0 +1,1 @@
+"""What a stream means: passes, merges, books, processes."""

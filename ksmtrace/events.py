@@ -1,0 +1,335 @@
+"""The one declaration of the events: kinds, fields, and the 56-byte payload.
+
+The numpy dtype, the C header ``bpf/events.h`` and ``docs/events.md`` come from the tables here
+(``scripts/generate`` writes the two files; a test fails where they are stale).
+
+Every event is one payload of 56 bytes; with the ring buffer's 8-byte record header it fills a
+slot of 64 bytes. A field has one offset whatever the kind, so the payload is a struct with a
+union per word, and a kind is the set of fields that it fills.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+PAYLOAD_BYTES = 56
+BODY_OFFSET = 16
+SLOT_BYTES = 64
+COMM_BYTES = 16
+
+
+class EventFlag(enum.IntFlag):
+    """What is true of one event, beyond its kind (field ``flags``)."""
+
+    IN_KSMD = 1
+    HAS_ADDRESS = 2
+    HAS_PID = 4
+    HAS_COUNTS = 8
+
+
+FLAG_MEANING = {
+    EventFlag.IN_KSMD: "the event happened in ksmd's own context",
+    EventFlag.HAS_ADDRESS: "`address` was read; without the flag it is absent, not 0",
+    EventFlag.HAS_PID: "`pid` is known; without the flag it is absent (an mm without an owner)",
+    EventFlag.HAS_COUNTS: "the counts read in place were read; without the flag they are absent",
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of the payload: its place, C type, and meaning."""
+
+    name: str
+    offset: int
+    c_type: str
+    meaning: str
+
+    @property
+    def word(self) -> int:
+        """Index of the 8-byte word that holds the field."""
+        return self.offset // 8
+
+
+_DTYPES = {"u64": "<u8", "s64": "<i8", "u32": "<u4", "s32": "<i4", "s16": "<i2", "u8": "u1"}
+
+HEAD = (
+    Field("ts_ns", 0, "u64", "CLOCK_MONOTONIC when the event happened"),
+    Field("kind", 8, "u8", "number of the kind"),
+    Field("flags", 9, "u8", "EventFlag bits"),
+    Field("err", 10, "s16", "the kernel's result: 0 or a negative errno"),
+    Field(
+        "pid",
+        12,
+        "u32",
+        "tgid of the mm's owner (mm_struct.owner) where the kind has an mm, else of the task in "
+        "whose context the event happened; see HAS_PID",
+    ),
+)
+
+BODY = (
+    Field("mm", 16, "u64", "address of the mm_struct"),
+    Field("seq", 16, "s32", "ksm_scan.seqnr of the pass (before it is incremented)"),
+    Field("rmap_entries", 20, "u32", "ksm_rmap_items: rmap_items that exist, in all mms"),
+    Field("cpu_percent", 16, "u32", "ksmd's CPU use in the last pass, per cent of one CPU"),
+    Field("rmap_item", 24, "u64", "address of the rmap_item"),
+    Field("ksmd_cpu_ns", 24, "u64", "task_struct.se.sum_exec_runtime of ksmd; behind by a tick"),
+    Field("scan_time", 24, "s64", "seconds the advisor took the last pass to last"),
+    Field("comm", 24, "comm", "name of the task in whose context the event happened"),
+    Field("ksm_zero_pages", 24, "u64", "mm_struct.ksm_zero_pages at the event"),
+    Field(
+        "address",
+        32,
+        "u64",
+        "rmap_item.address: the page's virtual address; the low 12 bits hold the kernel's own "
+        "flags (seqnr 0x0ff, UNSTABLE_FLAG 0x100, STABLE_FLAG 0x200); see HAS_ADDRESS",
+    ),
+    Field("ksmd_run_delay_ns", 32, "u64", "task_struct.sched_info.run_delay of ksmd"),
+    Field("pages_to_scan", 32, "u64", "the batch size that the advisor chose"),
+    Field("pfn", 40, "u64", "page frame number of the KSM page (kpfn)"),
+    Field("ksm_merging_pages", 40, "u64", "mm_struct.ksm_merging_pages at the event"),
+    Field("ksm_page", 48, "u64", "struct page of the stable page to merge with; 0: none yet"),
+    Field("ksm_rmap_items", 48, "u64", "mm_struct.ksm_rmap_items at the event"),
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of event.
+
+    Attributes:
+        number: value of the payload's ``kind``; never reused for another meaning.
+        name: the tracepoint's name in group ``ksm``.
+        fields: names of the fields that the tracepoint itself hands over.
+        in_place: names of the fields that our program reads from kernel memory at the event.
+        meaning: when the kernel fires it, with the source.
+    """
+
+    number: int
+    name: str
+    fields: tuple[str, ...]
+    in_place: tuple[str, ...]
+    meaning: str
+
+    @property
+    def body(self) -> tuple[str, ...]:
+        """Names of all fields beyond the head."""
+        return self.fields + self.in_place
+
+
+_OWNER = ("pid",)
+_COUNTS = ("ksm_merging_pages", "ksm_rmap_items")
+
+KINDS = (
+    Kind(
+        1,
+        "ksm_start_scan",
+        ("seq", "rmap_entries"),
+        ("ksmd_cpu_ns", "ksmd_run_delay_ns"),
+        "A pass begins (mm/ksm.c:scan_get_next_rmap_item, cursor at the list's head). A pass that "
+        "run=2 interrupts has no ksm_stop_scan.",
+    ),
+    Kind(
+        2,
+        "ksm_stop_scan",
+        ("seq", "rmap_entries"),
+        ("ksmd_cpu_ns", "ksmd_run_delay_ns"),
+        "A pass is complete, just before ksm_scan.seqnr is incremented "
+        "(mm/ksm.c:scan_get_next_rmap_item).",
+    ),
+    Kind(
+        3,
+        "ksm_enter",
+        ("mm",),
+        (*_OWNER, "comm", *_COUNTS),
+        "An mm was put on ksmd's list (mm/ksm.c:__ksm_enter): madvise, prctl, fork, exec.",
+    ),
+    Kind(
+        4,
+        "ksm_exit",
+        ("mm",),
+        (*_OWNER, *_COUNTS, "ksm_zero_pages"),
+        "An mm leaves (mm/ksm.c:__ksm_exit): its last user is gone, or prctl. Not fired when ksmd "
+        "itself drops an mm that has no mergeable area left.",
+    ),
+    Kind(
+        5,
+        "ksm_merge_one_page",
+        ("pfn", "rmap_item", "mm", "err"),
+        (*_OWNER, "address"),
+        "ksmd tried to replace a page by the zero page (mm/ksm.c:try_to_merge_with_zero_page); "
+        "fired on failure too, and for no other merge. pfn is the zero page's.",
+    ),
+    Kind(
+        6,
+        "ksm_merge_with_ksm_page",
+        ("ksm_page", "pfn", "rmap_item", "mm", "err"),
+        (*_OWNER, "address"),
+        "ksmd tried to merge a page (mm/ksm.c:try_to_merge_with_ksm_page). ksm_page 0: the first "
+        "page of a new pair, which becomes the KSM page and is undone without an event if the "
+        "second fails. Fired before the counters move.",
+    ),
+    Kind(
+        7,
+        "ksm_remove_ksm_page",
+        ("pfn",),
+        (),
+        "A stable_node is freed (mm/ksm.c:remove_node_from_stable_tree). pid is the task in whose "
+        "context that was found out.",
+    ),
+    Kind(
+        8,
+        "ksm_remove_rmap_item",
+        ("pfn", "rmap_item", "mm"),
+        (*_OWNER, "address"),
+        "A sharer is removed together with its stable_node, for every sharer but the node's last "
+        "(mm/ksm.c:remove_node_from_stable_tree). Single removals have no event.",
+    ),
+    Kind(
+        9,
+        "ksm_advisor",
+        ("scan_time", "pages_to_scan", "cpu_percent"),
+        (),
+        "The scan-time advisor set pages_to_scan for the next pass (mm/ksm.c:scan_time_advisor).",
+    ),
+)
+
+KIND_BY_NAME = {kind.name: kind for kind in KINDS}
+KIND_BY_NUMBER = {kind.number: kind for kind in KINDS}
+NR_KINDS = max(kind.number for kind in KINDS) + 1
+"""Size of an array indexed by a kind's number."""
+
+
+def _payload_dtype(itemsize: int, base: int) -> np.dtype[np.void]:
+    fields = [*HEAD, *BODY]
+    return np.dtype(
+        {
+            "names": [field.name for field in fields],
+            "formats": [_DTYPES.get(field.c_type, f"S{COMM_BYTES}") for field in fields],
+            "offsets": [base + field.offset for field in fields],
+            "itemsize": itemsize,
+        }
+    )
+
+
+EVENT_DTYPE = _payload_dtype(PAYLOAD_BYTES, 0)
+"""One event: all fields of all kinds by name, overlapping as in the C union."""
+
+WORDS_DTYPE = np.dtype([(f"word{i}", "<u8") for i in range(PAYLOAD_BYTES // 8)])
+"""The same 56 bytes as seven words: the form in which they are stored."""
+
+Events = npt.NDArray[np.void]
+"""A structured array of :data:`EVENT_DTYPE`, shape (n,)."""
+
+
+def no_events() -> Events:
+    """Return an empty array of :data:`EVENT_DTYPE`."""
+    return np.empty(0, EVENT_DTYPE)
+
+
+def of_kind(events: Events, *names: str) -> Events:
+    """Select the events of the named kinds, in order; a copy of shape (m,)."""
+    numbers = [KIND_BY_NAME[name].number for name in names]
+    if len(numbers) == 1:
+        chosen = events["kind"] == numbers[0]
+    else:
+        chosen = np.isin(events["kind"], numbers)
+    selected: Events = events[chosen]
+    return selected
+
+
+def c_header() -> str:
+    """Return the text of ``bpf/events.h``: struct ksm_event, the kinds and the flags."""
+    lines = [
+        "/* Generated from ksmtrace/events.py by scripts/generate: do not edit. */",
+        "#ifndef KSMTRACE_EVENTS_H",
+        "#define KSMTRACE_EVENTS_H",
+        "",
+        *(f"#define {kind.name.upper()} {kind.number}" for kind in KINDS),
+        f"#define NR_KINDS {NR_KINDS}",
+        "",
+        *(f"#define {flag.name} {flag.value}" for flag in EventFlag),
+        "",
+        f"#define COMM_BYTES {COMM_BYTES}",
+        "",
+        "struct ksm_event {",
+        *(f"\t{field.c_type} {field.name};" for field in HEAD),
+        "\tunion {",
+        "\t\tu64 body[5];",
+    ]
+    for field in BODY:
+        pad = (field.offset - BODY_OFFSET) // 4
+        member = (
+            f"char {field.name}[COMM_BYTES]"
+            if field.c_type == "comm"
+            else (f"{field.c_type} {field.name}")
+        )
+        # Padded in u32 and not packed: a packed member would be stored byte by byte.
+        lines.append(
+            f"\t\tstruct {{ {f'u32 pad_{field.name}[{pad}]; ' if pad else ''}{member}; }};"
+        )
+    lines += [
+        "\t};",
+        "};",
+        "",
+        f"_Static_assert(sizeof(struct ksm_event) == {PAYLOAD_BYTES},",
+        '\t       "an event and its ring header must fill a 64-byte slot");',
+        *(
+            f"_Static_assert(__builtin_offsetof(struct ksm_event, {field.name}) == {field.offset}, "
+            f'"{field.name}");'
+            for field in (*HEAD, *BODY)
+        ),
+        "",
+        "#endif",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def markdown() -> str:
+    """Return the text of ``docs/events.md``."""
+    lines = [
+        "# Events",
+        "",
+        "Generated from `ksmtrace/events.py` by `scripts/generate`: do not edit.",
+        "",
+        f"An event is {PAYLOAD_BYTES} bytes; with the ring's record header it fills a slot of "
+        f"{SLOT_BYTES}. Every event has the head; a kind fills the fields listed for it. Fields "
+        "*in place* are read from kernel memory by our program at the event, with offsets from "
+        "the running kernel's BTF.",
+        "",
+        "## Head",
+        "",
+        "| offset | field | type | meaning |",
+        "|---|---|---|---|",
+        *(f"| {f.offset} | `{f.name}` | {f.c_type} | {f.meaning} |" for f in HEAD),
+        "",
+        "## Flags",
+        "",
+        "| bit | flag | meaning |",
+        "|---|---|---|",
+        *(f"| {flag.value} | `{flag.name}` | {FLAG_MEANING[flag]} |" for flag in EventFlag),
+        "",
+        "## Kinds",
+        "",
+        "| number | kind | fields of the tracepoint | in place | fires |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {k.number} | `{k.name}` | {_code_list(k.fields)} | {_code_list(k.in_place)} "
+            f"| {k.meaning} |"
+            for k in KINDS
+        ),
+        "",
+        "## Fields of the body",
+        "",
+        "| offset | field | type | meaning |",
+        "|---|---|---|---|",
+        *(f"| {f.offset} | `{f.name}` | {f.c_type} | {f.meaning} |" for f in BODY),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _code_list(names: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names) or "–"

@@ -1,0 +1,1 @@
+"""Facts about a kernel, read from its own interfaces: read only, no policy."""

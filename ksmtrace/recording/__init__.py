@@ -1,0 +1,1 @@
+"""The recording file: written from a stream, and read back as the same stream."""

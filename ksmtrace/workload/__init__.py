@@ -1,0 +1,1 @@
+"""Known workloads for KSM, and the saving and restoring of its knobs."""

@@ -1,0 +1,1 @@
+"""The textual application: sees only streams and snapshots, never bcc."""
