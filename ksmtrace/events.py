@@ -11,6 +11,7 @@ union per word, and a kind is the set of fields that it fills.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -228,6 +229,18 @@ Events = npt.NDArray[np.void]
 def no_events() -> Events:
     """Return an empty array of :data:`EVENT_DTYPE`."""
     return np.empty(0, EVENT_DTYPE)
+
+
+def concatenate(batches: Sequence[Events]) -> Events:
+    """Join batches to one array, shape (n,), of :data:`EVENT_DTYPE`.
+
+    numpy's own concatenate would lay the overlapping fields out anew, one behind the other.
+    """
+    raw = f"V{PAYLOAD_BYTES}"
+    if not batches:
+        return no_events()
+    joined: Events = np.concatenate([batch.view(raw) for batch in batches]).view(EVENT_DTYPE)
+    return joined
 
 
 def of_kind(events: Events, *names: str) -> Events:

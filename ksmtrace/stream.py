@@ -25,6 +25,8 @@ class Header:
         started_realtime_ns: CLOCK_REALTIME at the same moment.
         facts: the kernel's facts as JSON (:func:`ksmtrace.kernel.facts.Facts.as_json`).
         plan: one entry per event kind as JSON (``event``, ``rung``, ``target``, ``reason``, ...).
+        unseen: what cannot be seen on this kernel: (what, why and what is still known, what would
+            change that).
         settings: ring size, sample interval, header tree and the like.
     """
 
@@ -34,6 +36,7 @@ class Header:
     started_realtime_ns: int
     facts: dict[str, Any]
     plan: list[dict[str, Any]]
+    unseen: list[list[str]]
     settings: dict[str, Any]
 
 

@@ -1,0 +1,1 @@
+/* See linux/kconfig.h of this tree. */

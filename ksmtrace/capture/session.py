@@ -1,0 +1,245 @@
+"""A live capture: loads and attaches by the plan, drains, samples, and yields the stream."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ksmtrace import __version__
+from ksmtrace.capture.bcc_backend import RING_PAGE_BYTES, Programs
+from ksmtrace.capture.plan import Plan
+from ksmtrace.capture.processes import ProcessTable
+from ksmtrace.capture.ring import Ring
+from ksmtrace.capture.samples import CounterSampler
+from ksmtrace.errors import CannotRun, KsmtraceError, UsageError
+from ksmtrace.events import KINDS, NR_KINDS, SLOT_BYTES, Events
+from ksmtrace.kernel.facts import Facts
+from ksmtrace.kernel.process_events import ProcessEvents
+from ksmtrace.stream import Batch, Header, Item, Losses, Trailer
+from ksmtrace.units import text_bytes
+
+DEFAULT_RING_BYTES = 16 << 20
+_LARGEST_RING_SHARE = 4  # of MemAvailable: more would push out what is being observed
+
+_SHORTEST_WAIT_S = 0.005
+_LONGEST_WAIT_S = 0.05  # an idle ring of the default size then bears a burst of 5 million events/s
+_SETTLE_S = 2.0
+
+
+@dataclass(frozen=True)
+class CaptureSettings:
+    """How to capture.
+
+    Attributes:
+        ring_bytes: size of the ring; a power of two, at least a page.
+        interval_ns: time between counter samples.
+    """
+
+    ring_bytes: int = DEFAULT_RING_BYTES
+    interval_ns: int = 1_000_000_000
+
+
+@dataclass
+class Progress:
+    """How a capture stands.
+
+    Attributes:
+        events: taken from the ring so far.
+        dropped: events that found the ring full, as of the last sample.
+        fullest: the highest fill of the ring that was seen, 0 to 1.
+        failure: the error that ended the capture, None while there is none.
+    """
+
+    events: int = 0
+    dropped: int = 0
+    fullest: float = 0.0
+    failure: KsmtraceError | None = None
+
+
+class Capture:
+    """A stream from the running kernel.
+
+    The constructor loads and attaches everything, so whatever can go wrong with that is its
+    error. Iterate it once, and close it.
+
+    Args:
+        facts: the kernel's facts.
+        plan: what to attach, made from the facts.
+        settings: ring size and sample interval.
+        until: asked many times a second; a returned text ends the capture and is the reason.
+
+    Raises:
+        UsageError: a ring size that no kernel takes.
+        CannotRun: the plan cannot be carried out here.
+    """
+
+    def __init__(
+        self, facts: Facts, plan: Plan, settings: CaptureSettings, until: Callable[[], str | None]
+    ) -> None:
+        if not plan.can_record:
+            what, hint = plan.blockers[0]
+            raise CannotRun(f"KSM cannot be recorded here: {what}", hint)
+        _check_ring(settings.ring_bytes)
+        self.progress = Progress()
+        self.command_exit_status: int | None = None
+        self.notices: list[str] = []
+        self._settings = settings
+        self._until = until
+        self._recorded = np.zeros(NR_KINDS, np.int64)
+        self._sampler = CounterSampler(facts.ksmd_pid)
+        self._processes = ProcessTable()
+        tracepoints = [event.event for event in plan.events if event.rung == "tracepoint"]
+        with contextlib.ExitStack() as opening:
+            self._process_events = self._subscribe()
+            if self._process_events is not None:
+                opening.callback(self._process_events.close)
+            self._processes.read_all()
+            self._programs = Programs(tracepoints, plan.defines, settings.ring_bytes)
+            opening.callback(self._programs.close)
+            self._ring = Ring(self._programs.ring_fd, settings.ring_bytes)
+            opening.callback(self._ring.close)
+            self._open = opening.pop_all()
+        self.header = Header(
+            version=__version__,
+            command_line=sys.argv,
+            started_ns=time.monotonic_ns(),
+            started_realtime_ns=time.time_ns(),
+            facts=facts.as_json(),
+            plan=plan.as_json(),
+            unseen=[list(gap) for gap in plan.unseen],
+            settings={
+                "ring_bytes": settings.ring_bytes,
+                "interval_ns": settings.interval_ns,
+                "headers": self._programs.headers,
+            },
+        )
+
+    def __iter__(self) -> Iterator[Item]:
+        """Yield the stream; the first counter sample comes before ``until`` is first asked."""
+        self._sampler.watch_mergeable()
+
+        reason = None
+        try:
+            yield from self._sample()
+            next_sample_ns = time.monotonic_ns() + self._settings.interval_ns
+            wait_s = _SHORTEST_WAIT_S
+            while True:
+                self.progress.fullest = max(self.progress.fullest, self._ring.fill)
+                reached = yield from self._drain()
+                reason = self._until()
+                if reason is not None:
+                    break
+                if time.monotonic_ns() >= next_sample_ns:
+                    yield from self._sample()
+                    next_sample_ns += self._settings.interval_ns
+                    next_sample_ns = max(next_sample_ns, time.monotonic_ns())
+                wait_s = _SHORTEST_WAIT_S if reached else min(wait_s * 2, _LONGEST_WAIT_S)
+                time.sleep(wait_s)
+            yield from self._sample()
+        except KsmtraceError as error:
+            self.progress.failure = error
+            reason = str(error)
+        self._programs.detach()
+        yield from self._settle()
+        yield Trailer(
+            ts_ns=time.monotonic_ns(),
+            recorded={kind.name: int(self._recorded[kind.number]) for kind in KINDS},
+            reason=reason,
+            command_exit_status=self.command_exit_status,
+            notices=self.notices,
+        )
+
+    def close(self) -> None:
+        """Detach and unload everything."""
+        self._open.close()
+
+    def __enter__(self) -> Capture:
+        """Return the capture itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Detach and unload everything."""
+        self.close()
+
+    def _drain(self) -> Generator[Item, None, int]:
+        """Yield what the ring holds and who the owners are; returns how many events."""
+        events = self._ring.drain()
+        if self._process_events is not None:
+            yield from self._processes.follow(self._process_events.drain())
+        if not len(events):
+            return 0
+        self._count(events)
+        yield from self._processes.name_owners(events)
+        yield Batch(events)
+        return len(events)
+
+    def _count(self, events: Events) -> None:
+        self._recorded += np.bincount(events["kind"], minlength=NR_KINDS)
+        self.progress.events += len(events)
+
+    def _sample(self) -> Iterator[Item]:
+        sample = self._sampler.sample()
+        for pid in sample.processes:
+            yield from self._processes.name(pid, sample.begin_ns)
+        yield sample
+        yield self._losses()
+
+    def _losses(self) -> Losses:
+        tallies = self._programs.tallies()
+        produced = {name: tally[0] for name, tally in tallies.items()}
+        dropped = {name: tally[1] for name, tally in tallies.items()}
+        self.progress.dropped = sum(dropped.values())
+        return Losses(time.monotonic_ns(), produced, dropped)
+
+    def _settle(self) -> Iterator[Item]:
+        """Yield what is left after detaching, until every event produced is accounted for."""
+        deadline = time.monotonic() + _SETTLE_S
+        while True:
+            yield from self._drain()
+            losses = self._losses()
+            missing = (
+                sum(losses.produced.values())
+                - sum(losses.dropped.values())
+                - int(self._recorded.sum())
+            )
+            if missing == 0 or time.monotonic() > deadline:
+                break
+            time.sleep(_SHORTEST_WAIT_S)
+        if missing:
+            self.notices.append(f"{missing} events were produced but never came out of the ring")
+        if self._process_events is not None and self._process_events.lost:
+            self.notices.append("the kernel dropped process events: some names may be old")
+        yield losses
+
+    def _subscribe(self) -> ProcessEvents | None:
+        subscription = ProcessEvents()
+        try:
+            subscription.open()
+        except CannotRun as error:
+            self.notices.append(f"short-lived processes may stay nameless: {error}")
+            return None
+        return subscription
+
+
+def _check_ring(ring_bytes: int) -> None:
+    if ring_bytes < RING_PAGE_BYTES or ring_bytes & (ring_bytes - 1):
+        raise UsageError(
+            f"a ring of {ring_bytes} bytes is not possible",
+            f"choose a power of two of at least {RING_PAGE_BYTES} ({RING_PAGE_BYTES // SLOT_BYTES} "
+            "events)",
+        )
+    available = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
+    available_bytes = int(available[1]) * 1024 if available else 0
+    if available and ring_bytes > available_bytes // _LARGEST_RING_SHARE:
+        raise CannotRun(
+            f"a ring of {text_bytes(ring_bytes)} is more than a quarter of the "
+            f"{text_bytes(available_bytes)} of memory available here",
+            "choose a smaller one with --ring",
+        )

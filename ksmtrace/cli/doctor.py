@@ -1,0 +1,208 @@
+"""``ksmtrace doctor``: what this machine offers, what will be recorded, what cannot be seen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from ksmtrace.capture.plan import Plan
+    from ksmtrace.kernel.facts import Facts
+
+_MAX_WIDTH = 110
+_EXIT_CANNOT_RECORD = 3
+
+
+@click.command(
+    epilog="Example: ksmtrace doctor --json | jq .can_record",
+    help="Say what can be recorded on this kernel, how, and what cannot be seen here and why.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@click.pass_context
+def doctor(context: click.Context, as_json: bool) -> None:
+    """Print facts and plan; exit with 0 where a recording can be made, else with 3.
+
+    Works for every user; changes nothing. As root it tries out, for some microseconds each,
+    whether BPF programs that do nothing load and attach.
+    """
+    from ksmtrace.capture.plan import make_plan
+    from ksmtrace.kernel.facts import read_facts
+
+    facts = read_facts()
+    plan = make_plan(facts)
+    click.echo(_json(facts, plan) if as_json else _text(facts, plan))
+    context.exit(0 if plan.can_record else _EXIT_CANNOT_RECORD)
+
+
+def _json(facts: Facts, plan: Plan) -> str:
+    plain = facts.as_json()
+    return json.dumps(
+        {
+            "can_record": plan.can_record,
+            "kernel": plain["kernel"],
+            "blockers": [{"missing": what, "remedy": remedy} for what, remedy in plan.blockers],
+            "plan": plan.as_json(),
+            "defines": dict(plan.defines),
+            "unseen": [
+                {"what": what, "why": why, "change": change} for what, why, change in plan.unseen
+            ],
+            "facts": plain,
+        },
+        indent=2,
+    )
+
+
+def _text(facts: Facts, plan: Plan) -> str:
+    width = min(shutil.get_terminal_size((_MAX_WIDTH, 24)).columns, _MAX_WIDTH)
+    sections = [
+        ("Can record?", _verdict(plan, width)),
+        ("Kernel", _table(_kernel_rows(facts))),
+        ("Plan", _table(_plan_rows(plan), ("EVENT", "RUNG", "TARGET", "REASON"))),
+        ("KSM", _table(_ksm_rows(facts), ("FILE", "VALUE", "UNIT", "TYPE"), right=1)),
+        ("Not readable", _table(sorted(facts.unknown.items()))),
+        ("What cannot be seen here, and what would change that", _unseen(plan, width)),
+    ]
+    return "\n\n".join("\n".join([title, *lines]) for title, lines in sections if lines)
+
+
+def _verdict(plan: Plan, width: int) -> list[str]:
+    caught = [event for event in plan.events if event.rung != "absent"]
+    if plan.can_record:
+        return [f"  yes: {len(caught)} of {len(plan.events)} kinds of event"]
+    lines = ["  no:"]
+    for what, remedy in plan.blockers:
+        lines += _wrapped(what, width, "  - ", "    ")
+        lines += _wrapped(remedy, width, "    do: ", "        ")
+    return lines
+
+
+def _kernel_rows(facts: Facts) -> list[tuple[str, str]]:
+    kernel = facts.kernel
+    rows = [
+        ("release", f"{kernel.release}  {kernel.machine}"),
+        ("version", kernel.version),
+        ("build-id", kernel.build_id or "unknown"),
+        ("CPUs", _numbers(facts.online_cpus)),
+        ("NUMA nodes", _numbers(facts.numa_nodes)),
+        ("page size", f"{facts.page_size_bytes} bytes"),
+        ("ksmd", "not visible" if facts.ksmd_pid is None else f"pid {facts.ksmd_pid}"),
+        ("BTF", "readable" if facts.btf else facts.unknown.get("btf", "absent")),
+        ("tracefs", _tracefs(facts)),
+        ("tracepoints", _tracepoints(facts)),
+        ("user", _user(facts)),
+        ("lockdown", (facts.privileges and facts.privileges.lockdown) or "unknown"),
+    ]
+    for kind, probe in (facts.loading or {}).items():
+        outcome = {True: "works", False: "does not work", None: "unknown"}[probe.works]
+        rows.append((f"{kind} programs", f"{outcome}: {probe.reason}"))
+    if facts.kpf_ksm is not None:
+        outcome = {True: "true", False: "not to be trusted", None: "unknown"}[
+            facts.kpf_ksm.truthful
+        ]
+        rows.append(("KPF_KSM", f"{outcome}: {facts.kpf_ksm.reason}"))
+    rows.append(("kernel headers", ", ".join(facts.headers) or "none (none are needed)"))
+    rows.append(("bcc", "installed" if facts.bcc_installed else "not installed"))
+    return rows
+
+
+def _numbers(numbers: tuple[int, ...] | None) -> str:
+    return "unknown" if numbers is None else f"{len(numbers)} ({_ranges(numbers)})"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+
+
+def _tracefs(facts: Facts) -> str:
+    if facts.tracefs_mounted is None:
+        return facts.unknown.get("tracefs_mounted", "unknown")
+    return "mounted" if facts.tracefs_mounted else "not mounted (not needed)"
+
+
+def _tracepoints(facts: Facts) -> str:
+    if facts.tracepoints is None:
+        return "unknown"
+    names = [name for name in facts.tracepoints if name.startswith("ksm_")]
+    return f"{len(names)} named ksm_*"
+
+
+def _user(facts: Facts) -> str:
+    held = facts.privileges
+    if held is None:
+        return "unknown"
+    if held.may_trace:
+        return f"uid {held.euid}, may load tracing programs"
+    return f"uid {held.euid}, may not load tracing programs"
+
+
+def _plan_rows(plan: Plan) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for event in plan.events:
+        rows.append((event.event, event.rung, event.target or "-", event.reason))
+        rows += [
+            ("", "", f"without {field}", reason) for field, reason in event.missing_fields.items()
+        ]
+    return rows
+
+
+def _ksm_rows(facts: Facts) -> list[tuple[str, ...]]:
+    from ksmtrace.kernel import sysfs
+
+    rows: list[tuple[str, ...]] = []
+    for file in sysfs.FILES if facts.ksm is not None else ():
+        value = (facts.ksm or {})[file.name]
+        rows.append((file.name, "absent" if value is None else str(value), file.unit, file.type))
+    rows += [(name, "?", "", "unknown to ksmtrace") for name in facts.ksm_others]
+    rows += [
+        (f"vmstat {name}", "absent" if value is None else str(value), "", "counter")
+        for name, value in (facts.vmstat or {}).items()
+    ]
+    return rows
+
+
+def _unseen(plan: Plan, width: int) -> list[str]:
+    lines = []
+    for what, why, change in plan.unseen:
+        lines += _wrapped(what, width, "  - ", "    ")
+        lines += _wrapped(why, width, "    why:    ", "            ")
+        lines += _wrapped(change, width, "    change: ", "            ")
+    return lines
+
+
+def _wrapped(text: str, width: int, first: str, others: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _table(
+    rows: Iterable[Sequence[str]], header: Sequence[str] | None = None, right: int | None = None
+) -> list[str]:
+    cells = [*([header] if header else []), *rows]
+    if len(cells) == (1 if header else 0):
+        return []
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  "
+        + "  ".join(
+            cell.rjust(width) if index == right else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]

@@ -1,0 +1,261 @@
+"""``ksmtrace record``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ksmtrace.errors import KsmtraceError, UsageError
+from ksmtrace.units import text_bytes, text_count, text_duration
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from ksmtrace.capture.session import Capture
+    from ksmtrace.recording.writer import RecordingWriter
+
+_STOPPING = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "stopped by SIGTERM",
+    signal.SIGHUP: "stopped by SIGHUP",
+}
+_PROGRESS_S = 0.5
+_COMMAND_GRACE_S = 5.0
+
+
+class RingSize(click.ParamType[int]):
+    """A size in bytes, with an optional K, M or G."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse ``16M`` to bytes."""
+        if isinstance(value, int):
+            return value
+        scale = {"K": 10, "M": 20, "G": 30}.get(value[-1:].upper(), 0)
+        digits = value[:-1] if scale else value
+        if not digits.isdecimal():
+            self.fail(f"{value!r} is no size; write for example 64K or 16M", param, ctx)
+        return int(digits) << scale
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The file; default ksmtrace-TIME.ksmt."
+)
+@click.option("-d", "--duration", type=click.FloatRange(min=0), help="End after this many seconds.")
+@click.option("-f", "--force", is_flag=True, help="Overwrite FILE.")
+@click.option(
+    "--interval",
+    type=click.FloatRange(min=0.01),
+    default=1.0,
+    show_default=True,
+    help="Seconds between samples of the kernel's counters.",
+)
+@click.option(
+    "--ring",
+    type=RingSize(),
+    default="16M",
+    show_default=True,
+    help="Size of the event ring: a power of two.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="No progress while recording.")
+@click.option("--json", "as_json", is_flag=True, help="The summary as JSON on stdout.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def record(
+    output: Path | None,
+    duration: float | None,
+    force: bool,
+    interval: float,
+    ring: int,
+    quiet: bool,
+    as_json: bool,
+    command: tuple[str, ...],
+) -> int:
+    """Record what KSM does, until CMD ends, the time is up, or Ctrl-C.
+
+    Nothing about KSM is changed: if ksmd is stopped (/sys/kernel/mm/ksm/run is 0), little happens.
+    The recording holds kernel addresses and is readable by its owner only.
+
+    \b
+    Example:
+      ksmtrace record -o host.ksmt -d 60
+      ksmtrace record -o dup.ksmt -- ksmtrace workload duplicates
+    """
+    if command and shutil.which(command[0]) is None:
+        raise UsageError(f"the command {command[0]!r} is not found", "give it after `--`")
+    from ksmtrace.capture.plan import make_plan
+    from ksmtrace.capture.session import Capture, CaptureSettings
+    from ksmtrace.kernel.facts import read_facts
+    from ksmtrace.recording.format import SUFFIX
+    from ksmtrace.recording.writer import RecordingWriter
+
+    path = output or Path(time.strftime(f"ksmtrace-%Y%m%d-%H%M%S{SUFFIX}"))
+    facts = read_facts()
+    run = _Run(command, duration, quiet, commands_stdout_to_stderr=as_json)
+    settings = CaptureSettings(ring_bytes=ring, interval_ns=int(interval * 1e9))
+    with Capture(facts, make_plan(facts), settings, run.until) as capture:
+        writer = RecordingWriter(path, capture.header, force)
+        # Only from here on: a signal during the set-up ends it at once, with nothing to keep.
+        for number in _STOPPING:
+            signal.signal(number, run.on_signal)
+        failure = run.follow(capture, writer)
+    summary = {
+        "file": str(path),
+        "events": capture.progress.events,
+        "lost": capture.progress.dropped,
+        "duration_ns": time.monotonic_ns() - capture.header.started_ns,
+        "command_exit_status": run.command_exit_status,
+        "reason": run.reason,
+        "file_bytes": writer.written_bytes,
+    }
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        click.echo(_summary_line(summary, run), err=True)
+    if failure is not None:
+        raise failure
+    return 0
+
+
+class _Run:
+    """The recorded command, the time limit and the signals: when the recording ends, and why."""
+
+    def __init__(
+        self,
+        command: tuple[str, ...],
+        duration: float | None,
+        quiet: bool,
+        commands_stdout_to_stderr: bool,
+    ) -> None:
+        self.reason: str | None = None
+        self._command = command
+        self._duration = duration
+        self._quiet = quiet
+        self._stdout = sys.stderr if commands_stdout_to_stderr else None
+        self._signals: list[int] = []
+        self._child: subprocess.Popen[bytes] | None = None
+        self._started_s: float | None = None
+        self._killing_s: float | None = None
+        self._capture: Capture | None = None
+        self._progress_s = 0.0
+        self._told = False
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signals.append(number)
+
+    @property
+    def command_exit_status(self) -> int | None:
+        return None if self._child is None else self._child.returncode
+
+    def follow(self, capture: Capture, writer: RecordingWriter) -> KsmtraceError | None:
+        """Write the stream to the file; returns the error that cut it short, if one did."""
+        self._capture = capture
+        failure: KsmtraceError | None = None
+        try:
+            for item in capture:
+                writer.write(item)
+            writer.close()
+            failure = capture.progress.failure
+        except KsmtraceError as error:
+            writer.abandon()
+            failure = error
+        self._end_progress()
+        if self._child is not None and self._child.poll() is None:
+            # The recording failed, the command did not: it is not ours to end.
+            click.echo("ksmtrace: recording has ended early; the command goes on", err=True)
+            self._await_child()
+        return failure
+
+    def until(self) -> str | None:
+        """Say whether the recording is to end now, and why; starts the command when first asked."""
+        now_s = time.monotonic()
+        if self._started_s is None:
+            self._started_s = now_s
+            if self._command:
+                self._child = subprocess.Popen(self._command, stdout=self._stdout)
+        self._show_progress(now_s)
+        if self._child is not None and self._child.poll() is not None:
+            self.reason = self.reason or "command ended"
+            assert self._capture is not None
+            self._capture.command_exit_status = self._child.returncode
+            return self.reason
+        if self._signals:
+            self._pass_on_signals(now_s)
+        elif self._duration is not None and now_s - self._started_s >= self._duration:
+            self._end_child(now_s)
+            self.reason = "duration"
+        if self.reason is not None and (self._child is None or self._child.poll() is not None):
+            return self.reason
+        return None
+
+    def _pass_on_signals(self, now_s: float) -> None:
+        number, *more = self._signals
+        if self.reason is None:
+            self.reason = _STOPPING[signal.Signals(number)]
+            if self._child is not None and number != signal.SIGINT:
+                self._child.send_signal(number)
+            # A terminal's Ctrl-C has reached the command as well.
+            self._killing_s = now_s + _COMMAND_GRACE_S
+        elif self._child is not None and (more or now_s > (self._killing_s or 0)):
+            self._child.kill()
+
+    def _end_child(self, now_s: float) -> None:
+        if self._child is None:
+            return
+        if self._killing_s is None:
+            self._child.terminate()
+            self._killing_s = now_s + _COMMAND_GRACE_S
+        elif now_s > self._killing_s:
+            self._child.kill()
+
+    def _await_child(self) -> None:
+        assert self._child is not None
+        while self._child.poll() is None:
+            if self._signals:
+                self._child.send_signal(self._signals.pop(0))
+            time.sleep(0.05)
+
+    def _show_progress(self, now_s: float) -> None:
+        if self._quiet or not sys.stderr.isatty() or now_s < self._progress_s + _PROGRESS_S:
+            return
+        assert self._capture is not None and self._started_s is not None
+        progress = self._capture.progress
+        elapsed_s = now_s - self._started_s
+        rate = progress.events / elapsed_s if elapsed_s else 0
+        click.echo(
+            f"\r\x1b[Krecording {elapsed_s:.0f} s: {text_count(progress.events)} events "
+            f"({text_count(rate)}/s), {progress.dropped} lost, ring at most "
+            f"{progress.fullest:.0%} full (Ctrl-C ends)",
+            err=True,
+            nl=False,
+        )
+        self._progress_s = now_s
+        self._told = True
+
+    def _end_progress(self) -> None:
+        if self._told:
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+
+def _summary_line(summary: dict[str, Any], run: _Run) -> str:
+    status = summary["command_exit_status"]
+    ended = ""
+    if status is not None and status < 0:
+        ended = f"; the command was ended by {signal.Signals(-status).name}"
+    elif status:
+        ended = f"; the command's exit status was {status}"
+    lost = f"{summary['lost']} lost" if summary["lost"] else "none lost"
+    return (
+        f"{summary['file']}: {text_count(summary['events'])} events, {lost}, in "
+        f"{text_duration(summary['duration_ns'])}, {text_bytes(summary['file_bytes'])} "
+        f"({run.reason or 'failed'}){ended}"
+    )

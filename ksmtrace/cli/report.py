@@ -1,0 +1,8 @@
+"""``ksmtrace report``."""
+
+import click
+
+
+@click.command()
+def report() -> None:
+    """Report."""

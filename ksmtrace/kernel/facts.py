@@ -1,0 +1,390 @@
+"""Everything known about one kernel, gathered once; what could not be known says why.
+
+Facts only: which events can be captured with them is decided in capture.plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ksmtrace.errors import CannotRun, KernelInterfaceError
+from ksmtrace.kernel import kallsyms, loading, privileges, procfs, sysfs, tracefs, vmstat
+from ksmtrace.kernel.btf import Btf
+from ksmtrace.kernel.files import ROOT, read_file, read_text
+from ksmtrace.kernel.probes import KpfProbe, LoadProbe
+
+OFFSETS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "ksm_rmap_item.address": (("ksm_rmap_item", "rmap_item"), "address"),
+    "mm_struct.owner": (("mm_struct",), "owner"),
+    "mm_struct.ksm_merging_pages": (("mm_struct",), "ksm_merging_pages"),
+    "mm_struct.ksm_rmap_items": (("mm_struct",), "ksm_rmap_items"),
+    "mm_struct.ksm_zero_pages": (("mm_struct",), "ksm_zero_pages"),
+    "task_struct.tgid": (("task_struct",), "tgid"),
+    "task_struct.se.sum_exec_runtime": (("task_struct",), "se.sum_exec_runtime"),
+    "task_struct.sched_info.run_delay": (("task_struct",), "sched_info.run_delay"),
+}
+"""Members that ksmtrace's programs read: the struct's names over time, and the member's path."""
+
+FUNCTIONS = (
+    "cmp_and_merge_page",
+    "try_to_merge_one_page",
+    "try_to_merge_with_ksm_page",
+    "break_ksm",
+    "break_cow",
+    "stable_tree_search",
+    "stable_tree_append",
+    "stable_node_dup",
+    "__stable_node_chain",
+    "alloc_stable_node_chain",
+    "remove_rmap_item_from_tree",
+    "remove_node_from_stable_tree",
+    "ksm_get_folio",
+    "get_ksm_page",
+    "ksm_next_page_pmd_entry",
+    "scan_get_next_rmap_item",
+    "should_skip_rmap_item",
+    "folio_migrate_ksm",
+    "ksm_migrate_page",
+    "ksm_might_need_to_copy",
+    "unmerge_ksm_pages",
+    "ksm_madvise",
+    "do_wp_page",
+    "wp_page_copy",
+    "__folio_lock",
+    "__lock_page",
+)
+"""Functions, most of mm/ksm.c, whose visibility matters; an inlined one has no BTF."""
+
+NEIGHBOUR_TRACEPOINTS = ("contention_begin", "contention_end", "mm_migrate_pages")
+"""Tracepoints of other groups that touch on KSM's work."""
+
+_NOTE = struct.Struct("=III")
+_NT_GNU_BUILD_ID = 3
+_AT_PAGESZ = 6
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class KernelIdentity:
+    """Which kernel this is.
+
+    Attributes:
+        release: as ``uname -r``.
+        version: as ``uname -v``.
+        machine: as ``uname -m``.
+        build_id: GNU build-id of vmlinux in hex, None where /sys/kernel/notes has none.
+    """
+
+    release: str
+    version: str
+    machine: str
+    build_id: str | None
+
+
+@dataclass(frozen=True)
+class Tracepoint:
+    """A tracepoint that this kernel has.
+
+    Attributes:
+        arguments: number of its TP_PROTO arguments.
+        source: ``btf`` or ``tracefs``: which interface says so.
+    """
+
+    arguments: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known about one kernel.
+
+    A mapping's None value means that this kernel does not have it; None instead of the mapping
+    that it could not be found out, and :attr:`unknown` says why under the field's name.
+
+    Attributes:
+        kernel: which kernel.
+        page_size_bytes: size of a page.
+        online_cpus: CPU numbers, None where unknown.
+        numa_nodes: node numbers, None where the kernel has no NUMA.
+        ksm: files of /sys/kernel/mm/ksm (:func:`ksmtrace.kernel.sysfs.read_ksm`); None where
+            the kernel has no KSM, or they were unreadable.
+        ksm_others: files there that ksmtrace does not know.
+        vmstat: lines of /proc/vmstat (:func:`ksmtrace.kernel.vmstat.read_vmstat`).
+        ksm_stat: per key of /proc/PID/ksm_stat, whether this kernel prints it.
+        btf: whether the kernel has readable BTF.
+        offsets: bytes, per key of :data:`OFFSETS`.
+        rmap_item_bytes: sizeof(struct ksm_rmap_item), None where unknown.
+        functions: per name of :data:`FUNCTIONS`, whether it is a function of its own (BTF FUNC).
+        tracepoints: every ``ksm_*`` tracepoint that this kernel has, and those of
+            :data:`NEIGHBOUR_TRACEPOINTS` that it has, by name.
+        tracefs_mounted: None where that is closed to this user.
+        symbols: of :data:`FUNCTIONS` and :data:`ksmtrace.kernel.kallsyms.KSM_OBJECTS`.
+        privileges: what this process may do.
+        loading: per kind of program, whether it works here (:mod:`ksmtrace.kernel.loading`);
+            None where it was not tried.
+        kpf_ksm: whether KPF_KSM tells the truth; None where it was not tried.
+        headers: trees of kernel headers, those of the running kernel first.
+        bcc_installed: whether Python finds the module bcc.
+        ksmd_pid: None where there is no ksmd to be seen.
+        unknown: reason by field's name.
+    """
+
+    kernel: KernelIdentity
+    page_size_bytes: int
+    online_cpus: tuple[int, ...] | None
+    numa_nodes: tuple[int, ...] | None
+    ksm: Mapping[str, int | str | None] | None
+    ksm_others: tuple[str, ...]
+    vmstat: Mapping[str, int | None] | None
+    ksm_stat: Mapping[str, bool] | None
+    btf: bool
+    offsets: Mapping[str, int | None] | None
+    rmap_item_bytes: int | None
+    functions: Mapping[str, bool] | None
+    tracepoints: Mapping[str, Tracepoint] | None
+    tracefs_mounted: bool | None
+    symbols: kallsyms.Symbols | None
+    privileges: privileges.Privileges | None
+    loading: Mapping[str, LoadProbe] | None
+    kpf_ksm: KpfProbe | None
+    headers: tuple[str, ...]
+    bcc_installed: bool
+    ksmd_pid: int | None
+    unknown: Mapping[str, str]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the facts as plain JSON types; keys are the attributes' names."""
+        plain: dict[str, Any] = _plain(self)
+        return plain
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+class _Gathering:
+    def __init__(self) -> None:
+        self.unknown: dict[str, str] = {}
+
+    def attempt(self, field: str, read: Callable[[], T]) -> T | None:
+        try:
+            return read()
+        except CannotRun as error:
+            self.unknown[field] = str(error)
+            return None
+
+
+def read_facts(root: Path = ROOT, probe: bool = True) -> Facts:
+    """Gather everything known about a kernel.
+
+    Never fails for lack of privilege or of a feature: what could not be read is None, with the
+    reason in :attr:`Facts.unknown`.
+
+    Args:
+        root: the running kernel's tree, or a copy of one.
+        probe: whether to try out loading programs and KPF_KSM; done only on the running kernel
+            and only where this user may.
+
+    Raises:
+        KernelInterfaceError: there is no /proc/sys/kernel/osrelease to say which kernel it is.
+    """
+    gathering = _Gathering()
+    attempt = gathering.attempt
+    kernel = _read_kernel(root, gathering)
+    held = attempt("privileges", lambda: privileges.read_privileges(root))
+    btf = attempt("btf", lambda: Btf.read(root))
+    formats = attempt("tracefs_mounted", lambda: tracefs.read_formats("ksm", root))
+    ksm_stat = attempt("ksm_stat", lambda: _read_ksm_stat_keys(root))
+    tracepoints = attempt("tracepoints", lambda: _read_tracepoints(btf, formats, gathering))
+    probing = probe and root == ROOT
+    if not probing:
+        skipped: str | None = "not tried"
+    elif held is None or not held.may_trace:
+        skipped = "not tried: it takes CAP_BPF and CAP_PERFMON, or root"
+    else:
+        skipped = None
+    if skipped is not None:
+        gathering.unknown["loading"] = gathering.unknown["kpf_ksm"] = skipped
+    without_btf = gathering.unknown.get("btf")
+    for field in ("offsets", "functions", "rmap_item_bytes"):
+        if without_btf is not None:
+            gathering.unknown[field] = without_btf
+    return Facts(
+        kernel=kernel,
+        page_size_bytes=_read_page_size(root),
+        online_cpus=attempt(
+            "online_cpus", lambda: _read_list(f"{root}/sys/devices/system/cpu/online")
+        ),
+        numa_nodes=attempt(
+            "numa_nodes", lambda: _read_list(f"{root}/sys/devices/system/node/online")
+        ),
+        ksm=attempt("ksm", lambda: sysfs.read_ksm(root)),
+        ksm_others=sysfs.undocumented(root),
+        vmstat=attempt("vmstat", lambda: vmstat.read_vmstat(root)),
+        ksm_stat=ksm_stat,
+        btf=btf is not None,
+        offsets=None if btf is None else attempt("offsets", lambda: _read_offsets(btf)),
+        rmap_item_bytes=None if btf is None else _read_rmap_item_bytes(btf, gathering),
+        functions=None
+        if btf is None
+        else attempt("functions", lambda: {n: bool(btf.function_ids(n)) for n in FUNCTIONS}),
+        tracepoints=tracepoints,
+        tracefs_mounted=None if "tracefs_mounted" in gathering.unknown else formats is not None,
+        symbols=attempt(
+            "symbols",
+            lambda: kallsyms.read_symbols((*FUNCTIONS, *kallsyms.KSM_OBJECTS), root),
+        ),
+        privileges=held,
+        loading=None
+        if skipped is not None
+        else attempt("loading", lambda: _probe_loading(btf, kernel.machine, tracepoints)),
+        kpf_ksm=None if skipped is not None else _probe_kpf_ksm(),
+        headers=_find_headers(root, kernel.release),
+        bcc_installed=importlib.util.find_spec("bcc") is not None,
+        ksmd_pid=attempt("ksmd_pid", lambda: procfs.find_ksmd(root)),
+        unknown=gathering.unknown,
+    )
+
+
+def _read_kernel(root: Path, gathering: _Gathering) -> KernelIdentity:
+    settings = f"{root}/proc/sys/kernel"
+    release = read_text(f"{settings}/osrelease")
+    if release is None:
+        raise KernelInterfaceError(f"there is no {settings}/osrelease", "mount proc on /proc")
+    return KernelIdentity(
+        release=release,
+        version=read_text(f"{settings}/version") or "",
+        machine=_read_machine(root),
+        build_id=gathering.attempt("kernel.build_id", lambda: _read_build_id(root)),
+    )
+
+
+def _read_machine(root: Path) -> str:
+    # /proc/sys/kernel/arch is there from 6.1 on; before it, only the system call tells.
+    machine = read_text(f"{root}/proc/sys/kernel/arch")
+    if machine is None:
+        import platform
+
+        machine = platform.machine()
+    return machine
+
+
+def _read_build_id(root: Path) -> str | None:
+    path = f"{root}/sys/kernel/notes"
+    notes = read_file(path) or b""
+    at = 0
+    while at + _NOTE.size <= len(notes):
+        name_bytes, value_bytes, kind = _NOTE.unpack_from(notes, at)
+        name_at = at + _NOTE.size
+        value_at = name_at + (name_bytes + 3 & ~3)
+        at = value_at + (value_bytes + 3 & ~3)
+        if at > len(notes):
+            raise KernelInterfaceError(f"{path} ends within a note")
+        if kind == _NT_GNU_BUILD_ID and notes[name_at : name_at + name_bytes] == b"GNU\0":
+            return notes[value_at : value_at + value_bytes].hex()
+    return None
+
+
+def _read_page_size(root: Path) -> int:
+    # The kernel tells every process in its auxiliary vector: pairs of unsigned long.
+    vector = read_file(f"{root}/proc/self/auxv") or b""
+    for key, value in struct.iter_unpack("@LL", vector[: len(vector) // 16 * 16]):
+        if key == _AT_PAGESZ:
+            return int(value)
+    import mmap
+
+    return mmap.PAGESIZE
+
+
+def _read_list(path: str) -> tuple[int, ...] | None:
+    text = read_text(path)
+    if text is None:
+        return None
+    numbers: list[int] = []
+    try:
+        for part in filter(None, text.split(",")):
+            first, _, last = part.partition("-")
+            numbers.extend(range(int(first), int(last or first) + 1))
+    except ValueError:
+        raise KernelInterfaceError(f"{path} holds {text[:60]!r}, not a list") from None
+    return tuple(numbers)
+
+
+def _read_ksm_stat_keys(root: Path) -> dict[str, bool]:
+    values = procfs.read_ksm_stat("self", root)
+    if values is None:
+        raise KernelInterfaceError(f"{root}/proc/self/ksm_stat is empty")
+    return {key: value is not None for key, value in values.items()}
+
+
+def _read_offsets(btf: Btf) -> dict[str, int | None]:
+    return {key: btf.offset(names, path) for key, (names, path) in OFFSETS.items()}
+
+
+def _read_rmap_item_bytes(btf: Btf, gathering: _Gathering) -> int | None:
+    return gathering.attempt(
+        "rmap_item_bytes",
+        lambda: btf.struct_size("ksm_rmap_item") or btf.struct_size("rmap_item"),
+    )
+
+
+def _read_tracepoints(
+    btf: Btf | None,
+    formats: Mapping[str, tracefs.EventFormat] | None,
+    gathering: _Gathering,
+) -> dict[str, Tracepoint]:
+    if btf is None and formats is None:
+        reason = gathering.unknown.get("tracefs_mounted", "tracefs is not mounted")
+        raise KernelInterfaceError(f"{gathering.unknown['btf']}, and {reason}")
+    # TP_STRUCT__entry of every ksm event has one field per argument.
+    found = {
+        name: Tracepoint(len(format_.fields), "tracefs")
+        for name, format_ in (formats or {}).items()
+    }
+    if btf is not None:
+        for name in (*btf.tracepoints("ksm_"), *NEIGHBOUR_TRACEPOINTS):
+            arguments = btf.tracepoint_arguments(name)
+            if arguments is not None:
+                found[name] = Tracepoint(arguments, "btf")
+    return found
+
+
+def _probe_loading(
+    btf: Btf | None, machine: str, tracepoints: Mapping[str, Tracepoint] | None
+) -> dict[str, LoadProbe]:
+    # Where there is no ksm tracepoint, any other says whether such programs work.
+    name = next(iter(tracepoints or ()), "sched_process_exit")
+    return loading.probe_loading(btf, machine, name)
+
+
+def _probe_kpf_ksm() -> KpfProbe:
+    # Here and not above: pages needs numpy, and nothing else here does.
+    from ksmtrace.kernel.pages import probe_kpf_ksm
+
+    return probe_kpf_ksm()
+
+
+def _find_headers(root: Path, release: str) -> tuple[str, ...]:
+    running = root / "lib/modules" / release / "build"
+    found = [str(running)] if running.is_dir() else []
+    archive = root / "sys/kernel/kheaders.tar.xz"
+    if archive.exists():
+        found.append(str(archive))
+    try:
+        others = sorted(str(path) for path in (root / "usr/src").glob("linux-headers-*"))
+    except OSError:
+        others = []
+    return (*found, *others)

@@ -1,0 +1,156 @@
+"""Reads a recording back as the stream it was written from."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ksmtrace.errors import DamagedRecording, ForeignRecording, RecordingError, UnsupportedFormat
+from ksmtrace.recording.format import (
+    CRC_KEY,
+    FORMAT_VERSION,
+    HEADER_KEY,
+    MESSAGE_BYTES,
+    NOTE,
+    PLANES,
+    VERSION_KEY,
+    from_planes,
+)
+from ksmtrace.stream import (
+    Batch,
+    CounterSample,
+    Header,
+    Item,
+    Losses,
+    ProcessSeen,
+    Trailer,
+)
+
+
+class RecordingReader:
+    """One recording, read as a stream.
+
+    Iterating yields the items; :attr:`cut_off` then says whether the file ended before its
+    trailer, and why that is believed. A batch is yielded only after the checksum that follows it
+    was found right, except the last one of a file that was cut off, which has none.
+
+    Attributes:
+        header: what was true before the first event.
+        cut_off: None while unread or complete, else why the recording is incomplete.
+
+    Raises:
+        RecordingError: the file cannot be opened.
+        ForeignRecording: the file is no recording.
+        UnsupportedFormat: a newer ksmtrace wrote it.
+        DamagedRecording: the file's header, or (while iterating) a block, does not decode.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.cut_off: str | None = None
+        try:
+            self._content = path.read_bytes() if path.stat().st_size == 0 else _mapped(path)
+        except OSError as error:
+            raise RecordingError(f"{path} cannot be read: {error.strerror}") from error
+        self._source = pa.BufferReader(self._content)
+        try:
+            self._reader = pa.ipc.open_stream(self._source)
+            metadata = self._reader.schema.metadata or {}
+        except (pa.ArrowInvalid, OSError):
+            raise self._no_recording() from None
+        if VERSION_KEY not in metadata:
+            raise self._no_recording()
+        version = metadata[VERSION_KEY].decode(errors="replace")
+        if version != str(FORMAT_VERSION):
+            raise UnsupportedFormat(
+                f"{path} has format version {version}, this ksmtrace reads {FORMAT_VERSION}",
+                "read it with the ksmtrace that wrote it, or a newer one",
+            )
+        try:
+            self.header = Header(**json.loads(metadata[HEADER_KEY]))
+        except (KeyError, ValueError, TypeError) as error:
+            raise DamagedRecording(f"{path} is damaged: its header does not decode") from error
+
+    def __iter__(self) -> Iterator[Item]:
+        """Yield the items in order.
+
+        Raises:
+            DamagedRecording: a block does not decode or its checksum is wrong.
+        """
+        held: list[Item] = []
+        crc = 0
+        checked = 0
+        ended = False
+        while True:
+            position = self._source.tell()
+            try:
+                batch, metadata = self._reader.read_next_batch_with_custom_metadata()
+            except StopIteration:
+                break
+            except (pa.ArrowInvalid, pa.ArrowSerializationError, OSError) as error:
+                if len(self._content) - position > MESSAGE_BYTES:
+                    raise self._damaged(position) from error
+                self.cut_off = f"the file ends in the middle of a block (byte {position})"
+                break
+            # The first batch is written together with the header, so none is before it.
+            if metadata is None or metadata.get(CRC_KEY) != str(crc).encode():
+                raise self._damaged(position)
+            begin, checked = checked, self._source.tell()
+            crc = zlib.crc32(self._content[begin:checked], crc)
+            yield from held
+            held = []
+            try:
+                held = list(_items(batch))
+            except (ValueError, TypeError, KeyError, pa.ArrowInvalid, OSError) as error:
+                raise self._damaged(position) from error
+            ended = ended or any(isinstance(item, Trailer) for item in held)
+        yield from held
+        if not ended and self.cut_off is None:
+            self.cut_off = "the file ends before its trailer"
+
+    def _no_recording(self) -> RecordingError:
+        if len(self._content) == 0:
+            return ForeignRecording(f"{self.path} is empty", "it was cut off before its header")
+        return ForeignRecording(
+            f"{self.path} is no ksmtrace recording", "make one with `ksmtrace record -o FILE`"
+        )
+
+    def _damaged(self, position: int) -> DamagedRecording:
+        return DamagedRecording(
+            f"{self.path} is damaged before or at byte {position}",
+            "the file was changed after it was written, or its disk failed; restore it from a copy",
+        )
+
+
+def _mapped(path: Path) -> memoryview:
+    with pa.memory_map(str(path)) as mapped:
+        return memoryview(mapped.read_buffer())
+
+
+def _items(batch: pa.RecordBatch) -> Iterator[Item]:
+    """Yield the items of one record batch: a run of events, or one note per row."""
+    notes = batch.column(batch.schema.get_field_index(NOTE))
+    if notes.null_count == len(notes):
+        if len(notes):
+            yield Batch(from_planes([batch.column(i).to_numpy() for i in range(PLANES)]))
+        return
+    for note in notes.to_pylist():
+        yield _from_note(json.loads(note or ""))
+
+
+def _from_note(fields: dict[str, Any]) -> Item:
+    kind = fields.pop("type")
+    if kind == "CounterSample":
+        # JSON has only string keys.
+        fields["processes"] = {int(pid): stat for pid, stat in fields["processes"].items()}
+    return _NOTES[kind](**fields)
+
+
+_NOTES: dict[str, Callable[..., Item]] = {
+    note.__name__: note for note in (CounterSample, ProcessSeen, Losses, Trailer)
+}
