@@ -86,7 +86,8 @@ def saved_knobs(report: Callable[[str], None] = lambda line: None) -> Iterator[S
     Must be entered in a process that has one thread only: it forks a guardian.
 
     Args:
-        report: takes a line if knobs that a killed ksmtrace left changed are restored first.
+        report: takes a line if knobs that a killed ksmtrace left changed are restored first,
+            and one for each knob that could not be restored.
 
     Raises:
         PrivilegeMissing: this user may not write them.
@@ -114,12 +115,17 @@ def saved_knobs(report: Callable[[str], None] = lambda line: None) -> Iterator[S
             )
             try:
                 problems = restore(knobs)
+                for problem in problems:
+                    report(problem)
                 guardian.dismiss()
                 ownership.settle()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, held)
         if problems:
-            raise CannotRun("; ".join(problems), "write the old value once nothing is merged")
+            raise CannotRun(
+                f"{len(problems)} of the KSM knobs could not be restored, see above",
+                "write the old value once nothing is merged",
+            )
     finally:
         ownership.close()
 

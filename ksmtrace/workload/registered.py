@@ -37,7 +37,7 @@ def nr_rmap_items(values: Mapping[str, int | str | None]) -> int:
 
 
 def registered_processes(but: Collection[int] = ()) -> dict[int, str]:
-    """Find the living processes that KSM scans or has scanned.
+    """Find the living processes with memory that KSM merges.
 
     Args:
         but: pids to leave out.
@@ -57,7 +57,10 @@ def _is_registered(pid: int) -> bool:
     stat = read_ksm_stat(pid)
     if stat is None:
         return False
-    if stat["ksm_rmap_items"] is None:
-        # Before 6.1 nothing but the mappings tells.
-        return any(mapping.mergeable for mapping in read_smaps_ksm(pid) or ())
-    return bool(stat["ksm_rmap_items"]) or stat["ksm_mergeable"] == "yes"
+    if stat["ksm_mergeable"] is not None:
+        # ksm_rmap_items would also count areas that are unmapped but not visited since.
+        return stat["ksm_mergeable"] == "yes"
+    if stat["ksm_rmap_items"] is not None:
+        return stat["ksm_rmap_items"] != 0
+    # Before 6.1 nothing but the mappings tells.
+    return any(mapping.mergeable for mapping in read_smaps_ksm(pid) or ())

@@ -136,6 +136,9 @@ def run_workload(
                 duration_ns=time.monotonic_ns() - begin_ns,
             )
             deliver(outcome)
+            others = registered_processes(but=[child.pid for child in children.all])
+            if exact and others:
+                report(f"meanwhile KSM is also in use by {_name(others)}")
             if settings.hold_seconds > 0:
                 report(f"holding this state for {settings.hold_seconds:g} s")
                 stop.pause(settings.hold_seconds)
@@ -151,12 +154,8 @@ def _make_room(ksmd: Ksmd, knobs: SavedKnobs, settings: Settings, report: Report
     # Returns whether KSM is ours alone, so that its counters can be told in advance.
     others = registered_processes()
     if others and not settings.shared:
-        named = ", ".join(
-            f"{comm} (pid {pid})" for pid, comm in list(others.items())[:_NAMED_PROCESSES]
-        )
-        more = f" and {len(others) - _NAMED_PROCESSES} more" if len(others) > 3 else ""
         raise CannotRun(
-            f"KSM is in use by {named}{more}",
+            f"KSM is in use by {_name(others)}",
             "end them, or take approximate figures with --shared",
         )
     ksmd.take_over(settings.smart_scan)
@@ -196,7 +195,8 @@ def _set_for(plan: Plan, knobs: SavedKnobs) -> None:
 
 
 def _drain(ksmd: Ksmd, exact: bool, settings: Settings) -> None:
-    if not exact:
+    if not exact or registered_processes():
+        # One pass visits every process that is gone; the others' pages are to stay known.
         ksmd.run_pass(settings.timeout_seconds)
         return
     unmet = ksmd.forget(settings.timeout_seconds)
@@ -204,6 +204,12 @@ def _drain(ksmd: Ksmd, exact: bool, settings: Settings) -> None:
         raise WorkloadFailed(
             f"waited {settings.timeout_seconds:g} s for {unmet.waited_for}, in vain"
         )
+
+
+def _name(processes: Mapping[int, str]) -> str:
+    named = [f"{comm} (pid {pid})" for pid, comm in processes.items()]
+    more = f" and {len(named) - _NAMED_PROCESSES} more" if len(named) > _NAMED_PROCESSES else ""
+    return ", ".join(named[:_NAMED_PROCESSES]) + more
 
 
 def _read_counters() -> dict[str, int | None]:

@@ -1,0 +1,68 @@
+"""What in a recording asks for action: short sentences with their evidence."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from ksmtrace.analysis.books import CONTRADICTION, Entry
+from ksmtrace.analysis.merges import Merges
+from ksmtrace.analysis.recorded import Recorded
+from ksmtrace.units import text_bytes, text_duration
+
+_LONG_PASS_NS = 600_000_000_000
+_LEAST_ATTEMPTS = 100
+_BAD_SUCCESS_RATE = 0.5
+
+
+def find(recorded: Recorded, merges: Merges, passes: pd.DataFrame, books: list[Entry]) -> list[str]:
+    """List what a person should know first, the most pressing first."""
+    findings = [
+        f"{entry.counter} moved by {entry.delta}, but the events say {entry.events_say}, and "
+        "mm/ksm.c allows no such difference: a fault of the kernel, or of ksmtrace"
+        for entry in books
+        if entry.verdict == CONTRADICTION
+    ]
+    if not recorded.samples:
+        return [*findings, "no sample of the kernel's counters is in the recording"]
+    knobs = [sample.ksm for sample in recorded.samples]
+    last = knobs[-1]
+    scanned = recorded.count("ksm_start_scan") + recorded.count("ksm_stop_scan")
+    if not scanned and all(knob.get("run") == 0 for knob in knobs):
+        findings.append(
+            "ksmd was stopped at every sample (run is 0): start it with "
+            "`echo 1 > /sys/kernel/mm/ksm/run`"
+        )
+    elif not scanned:
+        findings.append(_no_pass(recorded))
+    if last.get("general_profit") is not None and int(last["general_profit"] or 0) < 0:
+        cost = text_bytes(-int(last["general_profit"] or 0))
+        findings.append(
+            f"KSM costs {cost} more than it saves: its rmap_items outweigh the merged pages. Opt "
+            "in fewer processes, or ones that have more in common"
+        )
+    attempts = len(merges.events)
+    merged = int(merges.appended.sum())
+    if attempts >= _LEAST_ATTEMPTS and merged < attempts * _BAD_SUCCESS_RATE:
+        findings.append(
+            f"only {merged} of {attempts} attempts to merge succeeded: pages that are pinned "
+            "(O_DIRECT, VFIO), locked or changing. This kernel's tracepoints do not tell which"
+        )
+    durations = passes["duration_ns"].dropna()
+    if len(durations) and durations.median() > _LONG_PASS_NS:
+        findings.append(
+            f"a pass takes {text_duration(float(durations.median()))}, and an equal page merges "
+            f"in its second: raise pages_to_scan (now {last.get('pages_to_scan')}) or set "
+            "advisor_mode to scan-time"
+        )
+    return findings
+
+
+def _no_pass(recorded: Recorded) -> str:
+    first, last = recorded.samples[0].ksm, recorded.samples[-1].ksm
+    scanned = int(last.get("pages_scanned") or 0) - int(first.get("pages_scanned") or 0)
+    if scanned:
+        return (
+            f"no pass began or ended, but {scanned} pages were scanned: one pass is longer than "
+            "the recording"
+        )
+    return "ksmd did not scan: no process has mergeable memory (MADV_MERGEABLE or prctl)"
