@@ -69,4 +69,4 @@ def tell(error: KsmtraceError) -> None:
     """Write an error and its hint to stderr, a line each."""
     click.echo(f"ksmtrace: {error}", err=True)
     if error.hint:
-        click.echo(f"hint: {error.hint}", err=True)
+        click.echo(f"HINT: {error.hint}", err=True)

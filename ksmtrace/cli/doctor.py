@@ -35,11 +35,12 @@ def doctor(context: click.Context, as_json: bool) -> None:
 
     facts = read_facts()
     plan = make_plan(facts)
-    click.echo(_json(facts, plan) if as_json else _text(facts, plan))
+    click.echo(doctor_json(facts, plan) if as_json else doctor_text(facts, plan))
     context.exit(0 if plan.can_record else _EXIT_CANNOT_RECORD)
 
 
-def _json(facts: Facts, plan: Plan) -> str:
+def doctor_json(facts: Facts, plan: Plan) -> str:
+    """Write facts and plan as JSON."""
     plain = facts.as_json()
     return json.dumps(
         {
@@ -57,7 +58,8 @@ def _json(facts: Facts, plan: Plan) -> str:
     )
 
 
-def _text(facts: Facts, plan: Plan) -> str:
+def doctor_text(facts: Facts, plan: Plan) -> str:
+    """Write facts and plan for people: first the verdict, last what cannot be seen."""
     width = min(shutil.get_terminal_size((_MAX_WIDTH, 24)).columns, _MAX_WIDTH)
     sections = [
         ("Can record?", _verdict(plan, width)),

@@ -71,10 +71,12 @@ def read_symbols(names: Iterable[str], root: Path = ROOT) -> Symbols:
     content = read_file(path)
     if not content:
         raise KernelInterfaceError(f"there is no {path}", "boot a kernel with CONFIG_KALLSYMS=y")
+    # A line is "ADDRESS type name", and a module's symbol has a tab and [module] behind it.
+    if len(content.partition(b"\n")[0].split()) < 3:
+        raise KernelInterfaceError(f"{path} begins with {content[:60]!r}")
     if not content.endswith(b"\n"):
         content += b"\n"
     addresses = {name: tuple(_find(content, name, path)) for name in names}
-    # A line is "ADDRESS type name", and a module's symbol has a tab and [module] behind it.
     # Per-CPU symbols are offsets, the first of them 0 by right: not all of the beginning can be.
     hidden = not any(
         line.partition(b" ")[0].strip(b"0") for line in content[:65536].splitlines()[:-1]

@@ -40,6 +40,8 @@ def read_vmstat(root: Path = ROOT) -> dict[str, int | None]:
     content = read_file(path)
     if content is None:
         raise KernelInterfaceError(f"there is no {path}", "mount proc on /proc")
+    if len(content.partition(b"\n")[0].split()) != 2:
+        raise KernelInterfaceError(f"{path} begins with {content[:40]!r}")
     lines = b"\n" + content
     return {name: _count(lines, name, path) for name in NAMES}
 

@@ -72,7 +72,7 @@ def test_shell_completion_loads_nothing_heavy() -> None:
         " COMP_CWORD='1')\n"
         "sys.argv = ['ksmtrace']\n"
         "from ksmtrace.cli import main\n"
-        "main(prog_name='ksmtrace')"
+        "main()"
     )
     assert not loaded & HEAVY
 

@@ -5,6 +5,8 @@ import mmap
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from ksmtrace.errors import KernelFeatureMissing, KernelInterfaceError, PrivilegeMissing
 from ksmtrace.events import KINDS
 from ksmtrace.kernel import kallsyms, loading, pages, privileges, tracefs
-from ksmtrace.kernel.files import parse_selected, read_file, read_int
+from ksmtrace.kernel.files import parse_selected, read_int
 
 TREES = Path(__file__).parents[1] / "golden/trees"
 HERE = TREES / "6.18h"
@@ -179,14 +181,22 @@ def test_without_a_status_privileges_are_an_error(tree):
         privileges.read_privileges(tree)
 
 
-def test_a_file_closed_to_the_user_is_a_missing_privilege(monkeypatch, tree):
-    # Root may read everything, so the one refusal is staged at the system call.
-    def refuse(*_arguments):
-        raise PermissionError(13, "Permission denied")
+def test_a_file_closed_to_the_user_is_a_missing_privilege(tree):
+    path = tree / "proc/kallsyms"
+    path.chmod(0)
+    code = (
+        "from ksmtrace.errors import PrivilegeMissing\n"
+        "from ksmtrace.kernel.files import read_file\n"
+        "try:\n"
+        f"    read_file({str(path)!r})\n"
+        "except PrivilegeMissing as error:\n"
+        "    print(error, error.hint, sep='; ')\n"
+    )
+    # Root may read everything, so as root this needs another user.
+    other = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **other)
 
-    monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(PrivilegeMissing, match="kallsyms cannot be read: EACCES"):
-        read_file(f"{tree}/proc/kallsyms")
+    assert run.stdout == f"{path} cannot be read: EACCES; run as root\n", run.stderr
 
 
 def test_numbers_and_choices_are_strict(tree):
