@@ -246,11 +246,7 @@ def concatenate(batches: Sequence[Events]) -> Events:
 def of_kind(events: Events, *names: str) -> Events:
     """Select the events of the named kinds, in order; a copy of shape (m,)."""
     numbers = [KIND_BY_NAME[name].number for name in names]
-    if len(numbers) == 1:
-        chosen = events["kind"] == numbers[0]
-    else:
-        chosen = np.isin(events["kind"], numbers)
-    selected: Events = events[chosen]
+    selected: Events = events[np.isin(events["kind"], numbers)]
     return selected
 
 

@@ -40,8 +40,8 @@ class Process:
             ``counted_ns``: as the mm left, or in the last sample of it. None where unknown.
         counted_by: ``ksm_exit`` or ``sample``, None where unknown.
         difference: ksm_merging_pages minus what the events say it should be; -N means that N of
-            its pages left singly, which has no event. None where either is unknown or events
-            were lost.
+            its pages left singly or as their node's last sharer, which has no event. None where
+            either is unknown or events were lost.
         shared_with_others_pages: merged pages whose KSM page another process shares as well.
         shared_with: the same by the other process's index in the list.
     """

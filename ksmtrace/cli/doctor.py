@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import click
+
+from ksmtrace.cli.table import render_table
 
 if TYPE_CHECKING:
     from ksmtrace.capture.plan import Plan
@@ -64,8 +66,8 @@ def doctor_text(facts: Facts, plan: Plan) -> str:
     sections = [
         ("Can record?", _verdict(plan, width)),
         ("Kernel", _table(_kernel_rows(facts))),
-        ("Plan", _table(_plan_rows(plan), ("EVENT", "RUNG", "TARGET", "REASON"))),
-        ("KSM", _table(_ksm_rows(facts), ("FILE", "VALUE", "UNIT", "TYPE"), right=1)),
+        ("Plan", _table(_plan_rows(plan), ("event", "rung", "target", "reason"))),
+        ("KSM", _table(_ksm_rows(facts), ("file", "value", "unit", "type"), right=(1,))),
         ("Not readable", _table(sorted(facts.unknown.items()))),
         ("What cannot be seen here, and what would change that", _unseen(plan, width)),
     ]
@@ -194,17 +196,9 @@ def _wrapped(text: str, width: int, first: str, others: str) -> list[str]:
 
 
 def _table(
-    rows: Iterable[Sequence[str]], header: Sequence[str] | None = None, right: int | None = None
+    rows: Iterable[Sequence[str]], heads: Sequence[str] = (), right: Collection[int] = ()
 ) -> list[str]:
-    cells = [*([header] if header else []), *rows]
-    if len(cells) == (1 if header else 0):
-        return []
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        "  "
-        + "  ".join(
-            cell.rjust(width) if index == right else cell.ljust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
+    cells = list(rows)
+    columns = len(cells[0]) if cells else 0
+    left = [column for column in range(columns) if column not in right]
+    return [f"  {line}" for line in render_table(heads, cells, left)] if cells else []

@@ -252,7 +252,10 @@ def _processes(content: dict[str, Any], everything: bool) -> Iterator[str]:
     ]  # fmt: skip
     yield from _indent(render_table(heads, rows, left=(1, 7, 10)))
     if any((p["difference"] or 0) < 0 for p in shown):
-        yield "  against events: -N pages of a process left singly, which has no event here"
+        yield (
+            "  against events: -N of a process's pages left singly or as their node's last sharer, "
+            "which has no event here"
+        )
 
 
 def _difference(difference: int | None) -> str:

@@ -15,7 +15,7 @@ def render_table(
         rows: cells as text.
         left: indexes of columns set flush left; the others are set flush right.
     """
-    lines = [list(heads), *map(list, rows)] if any(heads) else [list(row) for row in rows]
+    lines = [*([heads] if any(heads) else []), *rows]
     if not lines:
         return
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
