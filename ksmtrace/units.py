@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 
 def text_bytes(size_bytes: float) -> str:
     """Write a size with a binary unit: 1536 -> ``1.5 KiB``."""
@@ -35,3 +37,11 @@ def text_count(count: float) -> str:
         if abs(count) < scale * 1000:
             return f"{count / scale:.1f} {unit}" if unit == "k" else f"{count / scale:.2f} {unit}"
     return f"{count:.3g}"
+
+
+def text_signal(number: int) -> str:
+    """Name a signal: 11 -> ``SIGSEGV``; a real-time signal has no name of its own."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

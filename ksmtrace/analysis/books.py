@@ -14,6 +14,14 @@ from ksmtrace.stream import CounterSample, Scalar
 
 # ksmd counts a merge some time after its event: an append waits for the page lock between.
 _SKEW_NS = 1_000_000
+_ONE_BY_ONE = (
+    "ksm_start_scan",
+    "ksm_stop_scan",
+    "ksm_merge_one_page",
+    "ksm_merge_with_ksm_page",
+    "ksm_remove_ksm_page",
+    "ksm_remove_rmap_item",
+)
 
 EXACT = "exact"
 EXPLAINED = "explained"
@@ -84,13 +92,11 @@ def _say(recorded: Recorded, first: CounterSample, last: CounterSample) -> Itera
     removed = of_kind(recorded.events, "ksm_remove_rmap_item")
     zero, zero_ok = find_zero_merges(recorded)
 
+    windows = [unsure_window(recorded, sample) for sample in (first, last)]
+
     def inside(*groups: Events) -> tuple[list[int], int]:
         counts = [_between(group, first.end_ns, last.begin_ns) for group in groups]
-        unsure = sum(
-            _between(group, sample.begin_ns - _SKEW_NS, sample.end_ns + _SKEW_NS)
-            for group in groups
-            for sample in (first, last)
-        )
+        unsure = sum(_between(group, *window) for group in groups for window in windows)
         return counts, unsure
 
     if recorded.can_see("ksm_stop_scan"):
@@ -100,7 +106,7 @@ def _say(recorded: Recorded, first: CounterSample, last: CounterSample) -> Itera
             stops,
             unsure,
             "one per ksm_stop_scan (mm/ksm.c:scan_get_next_rmap_item)",
-            "reset to 0 by run=2" if _value(last, "full_scans") < stops else None,
+            "reset to 0 by run=2" if _value(last, "full_scans") <= stops else None,
             None,
         )
     if recorded.can_see("ksm_merge_with_ksm_page", "ksm_remove_ksm_page"):
@@ -172,6 +178,20 @@ def _sampled(name: str, first: Scalar, last: Scalar) -> Entry:
 def _value(sample: CounterSample, name: str) -> int:
     value = sample.ksm.get(name)
     return value if isinstance(value, int) else 0
+
+
+def unsure_window(recorded: Recorded, sample: CounterSample) -> tuple[int, int]:
+    """Return the times between which the sample may or may not hold an event.
+
+    ksmd deals with one page after the other, so of all that it did longer ago only the very last
+    can be uncounted, when ksmd lost its CPU right after the event.
+    """
+    begin_ns = sample.begin_ns - _SKEW_NS
+    one_by_one = of_kind(recorded.events, *_ONE_BY_ONE)
+    before = one_by_one["ts_ns"][one_by_one["ts_ns"] < sample.begin_ns]
+    if len(before):
+        begin_ns = min(begin_ns, int(before.max()))
+    return begin_ns, sample.end_ns + _SKEW_NS
 
 
 def _between(events: Events, begin_ns: int, end_ns: int) -> int:

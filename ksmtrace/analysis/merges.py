@@ -21,9 +21,9 @@ class Merges:
     """The ksm_merge_with_ksm_page events, each with its outcome.
 
     Two pages that are equal and not yet in the stable tree merge in two steps, each with an
-    event (mm/ksm.c:try_to_merge_two_pages): first the page that waited in the unstable tree
-    becomes a KSM page (``ksm_page`` 0), then the other one merges with it. If the second step
-    fails, break_cow undoes the first without an event.
+    event (mm/ksm.c:try_to_merge_two_pages): first the page that ksmd has just reached becomes a
+    KSM page (``ksm_page`` 0), then the one that waited in the unstable tree merges with it. If
+    the second step fails, break_cow undoes the first without an event.
 
     Attributes:
         events: the events in order, shape (n,).

@@ -67,8 +67,9 @@ def _row(
 def _merged(recorded: Recorded, passes: pd.DataFrame) -> np.ndarray:
     merges = find_merges(recorded)
     times = np.sort(merges.events["ts_ns"][merges.appended])
-    begins = passes["begin_ns"].fillna(0).to_numpy(np.uint64)
-    # A pass without an end lasts until the next one begins.
+    # A pass without a begin lasts from the end of the one before, and one without an end until
+    # the next one begins.
+    begins = passes["begin_ns"].fillna(passes["end_ns"].shift(1)).fillna(0).to_numpy(np.uint64)
     ends = passes["end_ns"].fillna(passes["begin_ns"].shift(-1)).fillna(np.iinfo(np.int64).max)
     counts: np.ndarray = np.searchsorted(times, ends.to_numpy(np.uint64)) - np.searchsorted(
         times, begins

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from ksmtrace.analysis.books import unsure_window
 from ksmtrace.analysis.merges import find_merges, find_zero_merges
 from ksmtrace.analysis.recorded import Recorded, has_flag
 from ksmtrace.events import KIND_BY_NAME, KINDS, EventFlag, Events, of_kind
@@ -95,7 +97,7 @@ def find_processes(recorded: Recorded) -> list[Process]:
     _add_samples(recorded, processes)
     _add_exits(recorded, lives)
     if not sum(recorded.lost().values()):
-        _compare(lives, merges.events[merges.appended], removed)
+        _compare(recorded, lives, merges.events[merges.appended], removed)
     _share(lives, merges.events[merges.appended], of_kind(recorded.events, "ksm_remove_ksm_page"))
     for process in processes:
         moment = process.counted_ns or process.entered_ns or recorded.end_ns()
@@ -163,7 +165,10 @@ def _by_mm(events: Events) -> Iterator[npt.NDArray[np.int64]]:
 
 
 def _life(mm: int, events: Events, known: npt.NDArray[np.bool_]) -> Process:
-    pids = events["pid"][known]
+    # A fork registers the child's mm before the child has its pid: the owner that ksm_enter then
+    # names is the parent (kernel/fork.c:copy_process).
+    by_owner = known & (events["kind"] != _ENTER)
+    pids = events["pid"][by_owner if by_owner.any() else known]
     enters = events["ts_ns"][events["kind"] == _ENTER]
     exits = events["ts_ns"][events["kind"] == _EXIT]
     process = Process(pid=int(pids[0]) if len(pids) else None, mm=mm)
@@ -217,16 +222,35 @@ def _add_exits(recorded: Recorded, lives: _Lives) -> None:
             process.counted_ns = int(event["ts_ns"])
 
 
-def _compare(lives: _Lives, appended: Events, removed: Events) -> None:
+def _compare(recorded: Recorded, lives: _Lives, appended: Events, removed: Events) -> None:
     gains, losses = lives.of(appended), lives.of(removed)
+    samples = {sample.begin_ns: sample for sample in recorded.samples}
+
+    @functools.cache
+    def window(sample_ns: int) -> tuple[int, int]:
+        return unsure_window(recorded, samples[sample_ns])
+
     for row, process in enumerate(lives.processes):
         if process.mm is None or process.ksm_merging_pages is None:
             continue
         if process.first_merging_pages is None or process.counted_ns is None:
             continue
-        gained = np.count_nonzero(appended["ts_ns"][gains == row] <= process.counted_ns)
-        lost = np.count_nonzero(removed["ts_ns"][losses == row] <= process.counted_ns)
-        say = process.first_merging_pages + int(gained) - int(lost)
+        read_ns = [process.counted_ns] if process.counted_by == "sample" else []
+        begin_ns = 0
+        if process.entered_ns is None:
+            read_ns.append(recorded.samples[0].begin_ns)
+            begin_ns = recorded.samples[0].end_ns
+        gained, lost = appended["ts_ns"][gains == row], removed["ts_ns"][losses == row]
+        if any(
+            np.any((begin <= times) & (times <= end))
+            for times in (gained, lost)
+            for begin, end in map(window, read_ns)
+        ):
+            continue
+        say = process.first_merging_pages + sum(
+            sign * int(np.count_nonzero((times >= begin_ns) & (times <= process.counted_ns)))
+            for sign, times in ((1, gained), (-1, lost))
+        )
         process.difference = process.ksm_merging_pages - say
 
 

@@ -81,11 +81,12 @@ def _scans(recorded: Recorded, passes: pd.DataFrame) -> dict[str, Any] | None:
 def _merges(recorded: Recorded) -> dict[str, Any]:
     merges = find_merges(recorded)
     attempts, succeeded = len(merges.events), int(merges.appended.sum())
+    known = attempts and not recorded.lost().get("ksm_merge_with_ksm_page")
     return {
         "attempts": attempts,
         "succeeded": succeeded,
         "failed": merges.by_reason(),
-        "success_rate": succeeded / attempts if attempts else None,
+        "success_rate": succeeded / attempts if known else None,
         "new_stable_nodes": int(merges.pairs.sum()),
     }
 

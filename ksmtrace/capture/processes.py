@@ -124,13 +124,19 @@ class ProcessTable:
             identity = None
         if identity is None:
             return
+        cgroup, guest = identity.cgroup, identity.guest
+        known = self._known.get(pid)
+        if known is not None and since_ns is None and cgroup == "/":
+            # A process on its way out has left its cgroup and its memory (kernel/exit.c:do_exit);
+            # who it was is what was known before.
+            cgroup, guest = known.cgroup or cgroup, guest or known.guest
         self._known[pid] = ProcessSeen(
             ts_ns=identity.start_ns - self._suspended_ns if since_ns is None else since_ns,
             pid=pid,
             start_ns=identity.start_ns,
             ppid=identity.ppid,
             comm=identity.comm,
-            cgroup=identity.cgroup,
-            guest=identity.guest,
+            cgroup=cgroup,
+            guest=guest,
             source="proc",
         )

@@ -176,7 +176,9 @@ class Capture:
         if not len(events):
             return 0
         self._count(events)
-        yield from self._processes.name_owners(events)
+        for owner in self._processes.name_owners(events):
+            self._sampler.watch([owner.pid])
+            yield owner
         yield Batch(events)
         return len(events)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ksmtrace.errors import KsmtraceError, UsageError
-from ksmtrace.units import text_bytes, text_count, text_duration
+from ksmtrace.units import text_bytes, text_count, text_duration, text_signal
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -47,15 +48,28 @@ class RingSize(click.ParamType[int]):
         return int(digits) << scale
 
 
+class Seconds(click.FloatRange):
+    """A number of seconds; neither infinite nor "not a number"."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Parse the number."""
+        seconds = float(super().convert(value, param, ctx))
+        if not math.isfinite(seconds):
+            self.fail(f"{value!r} is no number of seconds", param, ctx)
+        return seconds
+
+
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="The file; default ksmtrace-TIME.ksmt."
 )
-@click.option("-d", "--duration", type=click.FloatRange(min=0), help="End after this many seconds.")
+@click.option("-d", "--duration", type=Seconds(min=0), help="End after this many seconds.")
 @click.option("-f", "--force", is_flag=True, help="Overwrite FILE.")
 @click.option(
     "--interval",
-    type=click.FloatRange(min=0.01),
+    type=Seconds(min=0.01),
     default=1.0,
     show_default=True,
     help="Seconds between samples of the kernel's counters.",
@@ -181,7 +195,13 @@ class _Run:
         if self._started_s is None:
             self._started_s = now_s
             if self._command:
-                self._child = subprocess.Popen(self._command, stdout=self._stdout)
+                try:
+                    self._child = subprocess.Popen(self._command, stdout=self._stdout)
+                except OSError as error:
+                    raise UsageError(
+                        f"the command {self._command[0]!r} cannot be run: {error.strerror}",
+                        "a script needs a first line such as #!/bin/sh",
+                    ) from error
         self._show_progress(now_s)
         if self._child is not None and self._child.poll() is not None:
             self.reason = self.reason or "command ended"
@@ -250,7 +270,7 @@ def _summary_line(summary: dict[str, Any], run: _Run) -> str:
     status = summary["command_exit_status"]
     ended = ""
     if status is not None and status < 0:
-        ended = f"; the command was ended by {signal.Signals(-status).name}"
+        ended = f"; the command was ended by {text_signal(-status)}"
     elif status:
         ended = f"; the command's exit status was {status}"
     lost = f"{summary['lost']} lost" if summary["lost"] else "none lost"

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from ksmtrace.cli.table import render_table
-from ksmtrace.units import text_bytes, text_count, text_duration
+from ksmtrace.units import text_bytes, text_count, text_duration, text_signal
 
 _MOST_PASSES = 8
 _MOST_PROCESSES = 20
@@ -79,7 +79,9 @@ def _heading(file: Path, content: dict[str, Any]) -> Iterator[str]:
         for reason in content["incomplete_because"]:
             yield f"  - {reason}"
     status = content["command_exit_status"]
-    if status:
+    if status and status < 0:
+        yield f"The recorded command was ended by {text_signal(-status)}"
+    elif status:
         yield f"The recorded command failed: exit status {status}"
 
 

@@ -38,8 +38,8 @@ def test_a_capable_kernel_in_text(capable):
 
 def test_tables_are_aligned(capable):
     lines = text(capable).splitlines()
-    start = next(i for i, line in enumerate(lines) if line.split()[:2] == ["EVENT", "RUNG"])
-    column = lines[start].index("TARGET")
+    start = next(i for i, line in enumerate(lines) if line.split()[:2] == ["event", "rung"])
+    column = lines[start].index("target")
 
     for line in lines[start + 1 : start + 10]:
         assert line[column:].startswith("raw_tracepoint:")

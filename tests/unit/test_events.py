@@ -1,0 +1,107 @@
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ksmtrace.events import (
+    BODY,
+    EVENT_DTYPE,
+    HEAD,
+    KIND_BY_NAME,
+    KINDS,
+    NR_KINDS,
+    PAYLOAD_BYTES,
+    SLOT_BYTES,
+    c_header,
+    concatenate,
+    markdown,
+    no_events,
+    of_kind,
+)
+
+ROOT = Path(__file__).parents[2]
+WIDTHS = {"u64": 8, "s64": 8, "u32": 4, "s32": 4, "s16": 2, "u8": 1, "comm": 16}
+
+
+def events(count: int) -> np.ndarray:
+    made = np.zeros(count, EVENT_DTYPE)
+    made["ts_ns"] = np.arange(count)
+    made["kind"] = np.arange(count) % (NR_KINDS - 1) + 1
+    made["ksm_page"] = np.arange(count) << 40
+    return made
+
+
+def test_the_generated_files_are_current():
+    assert (ROOT / "bpf/events.h").read_text() == c_header()
+    assert (ROOT / "docs/events.md").read_text() == markdown()
+
+
+def test_a_slot_is_the_payload_and_the_rings_own_header():
+    assert EVENT_DTYPE.itemsize == PAYLOAD_BYTES
+    assert SLOT_BYTES == PAYLOAD_BYTES + 8
+
+
+def test_numbers_and_names_are_unique():
+    assert len({kind.number for kind in KINDS}) == len({kind.name for kind in KINDS}) == len(KINDS)
+    assert all(0 < kind.number < 256 for kind in KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_no_two_fields_of_one_kind_overlap(kind):
+    fields = {field.name: field for field in (*HEAD, *BODY)}
+    names = {field.name for field in HEAD} | set(kind.body)
+    taken: set[int] = set()
+    for name in names:
+        field = fields[name]
+        place = set(range(field.offset, field.offset + WIDTHS[field.c_type]))
+        assert not place & taken, name
+        assert max(place) < PAYLOAD_BYTES
+        taken |= place
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_every_kind_has_its_program(kind):
+    source = (ROOT / "bpf/ksm.c").read_text()
+    program = re.search(rf"^int on_{kind.name}\(.*?^}}", source, re.S | re.M)
+    assert program is not None
+    assert f"begin({kind.name.upper()})" in program[0]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_the_c_struct_has_the_layout_that_the_dtype_has(tmp_path):
+    source = tmp_path / "layout.c"
+    prologue = "".join(
+        f"typedef {c} {name};\n"
+        for c, name in (
+            ("unsigned long long", "u64"),
+            ("long long", "s64"),
+            ("unsigned", "u32"),
+            ("int", "s32"),
+            ("short", "s16"),
+            ("unsigned char", "u8"),
+        )
+    )
+    # The header's own static assertions do the comparing.
+    source.write_text(prologue + c_header())
+    subprocess.run(["cc", "-c", "-o", "/dev/null", str(source)], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("counts", [[], [0], [3], [0, 2, 0], [5, 1, 7]])
+def test_concatenate_keeps_bytes_and_order(counts):
+    batches = [events(count) for count in counts]
+    joined = concatenate(batches)
+    assert joined.dtype == EVENT_DTYPE
+    assert joined.tobytes() == b"".join(batch.tobytes() for batch in batches)
+
+
+def test_of_kind_keeps_the_order_of_one_and_of_several_kinds():
+    made = events(50)
+    one = of_kind(made, "ksm_enter")
+    assert set(one["kind"]) == {KIND_BY_NAME["ksm_enter"].number}
+    assert list(one["ts_ns"]) == [2, 11, 20, 29, 38, 47]
+    two = of_kind(made, "ksm_exit", "ksm_enter")
+    assert list(two["ts_ns"]) == sorted([*one["ts_ns"], *of_kind(made, "ksm_exit")["ts_ns"]])
+    assert len(of_kind(no_events(), "ksm_exit")) == 0
