@@ -15,7 +15,7 @@
 
 #define IN_KSMD 1
 #define HAS_ADDRESS 2
-#define HAS_PID 4
+#define PID_IS_OWNER 4
 #define HAS_COUNTS 8
 
 #define COMM_BYTES 16

@@ -64,23 +64,18 @@ static __always_inline struct ksm_event *begin(u8 kind)
 	return event;
 }
 
-/* Where the kind has no mm, the head's pid is the current task's, and known. */
-static __always_inline void pid_is_current(struct ksm_event *event)
-{
-	event->flags |= HAS_PID;
-}
-
 static __always_inline void pid_is_owner(struct ksm_event *event, u64 mm)
 {
-	u32 pid = 0;
 #if defined(MM_OWNER) && defined(TASK_TGID)
 	u64 owner = 0;
+	u32 pid = 0;
 
 	bpf_probe_read_kernel(&owner, sizeof(owner), (void *)(mm + MM_OWNER));
-	if (owner && !bpf_probe_read_kernel(&pid, sizeof(pid), (void *)(owner + TASK_TGID)) && pid)
-		event->flags |= HAS_PID;
+	if (owner && !bpf_probe_read_kernel(&pid, sizeof(pid), (void *)(owner + TASK_TGID)) && pid) {
+		event->pid = pid;
+		event->flags |= PID_IS_OWNER;
+	}
 #endif
-	event->pid = pid;
 	event->mm = mm;
 }
 
@@ -106,7 +101,6 @@ static __always_inline void add_mm_counts(struct ksm_event *event, u64 mm)
 
 static __always_inline void add_pass(struct ksm_event *event, u64 seq, u64 rmap_entries)
 {
-	pid_is_current(event);
 	event->seq = seq;
 	event->rmap_entries = rmap_entries;
 #if defined(TASK_SUM_EXEC_RUNTIME) && defined(TASK_RUN_DELAY)
@@ -215,7 +209,6 @@ int on_ksm_remove_ksm_page(struct bpf_raw_tracepoint_args *ctx)
 
 	if (!event)
 		return 0;
-	pid_is_current(event);
 	event->pfn = ctx->args[0];
 	ring.ringbuf_submit(event, RB_NO_WAKEUP);
 	return 0;
@@ -242,7 +235,6 @@ int on_ksm_advisor(struct bpf_raw_tracepoint_args *ctx)
 
 	if (!event)
 		return 0;
-	pid_is_current(event);
 	event->scan_time = ctx->args[0];
 	event->pages_to_scan = ctx->args[1];
 	event->cpu_percent = ctx->args[2];

@@ -28,14 +28,14 @@ class EventFlag(enum.IntFlag):
 
     IN_KSMD = 1
     HAS_ADDRESS = 2
-    HAS_PID = 4
+    PID_IS_OWNER = 4
     HAS_COUNTS = 8
 
 
 FLAG_MEANING = {
     EventFlag.IN_KSMD: "the event happened in ksmd's own context",
     EventFlag.HAS_ADDRESS: "`address` was read; without the flag it is absent, not 0",
-    EventFlag.HAS_PID: "`pid` is known; without the flag it is absent (an mm without an owner)",
+    EventFlag.PID_IS_OWNER: "`pid` is the tgid of the mm's owner",
     EventFlag.HAS_COUNTS: "the counts read in place were read; without the flag they are absent",
 }
 
@@ -66,8 +66,9 @@ HEAD = (
         "pid",
         12,
         "u32",
-        "tgid of the mm's owner (mm_struct.owner) where the kind has an mm, else of the task in "
-        "whose context the event happened; see HAS_PID",
+        "with PID_IS_OWNER the tgid of the mm's owner (mm_struct.owner; while a fork registers a "
+        "child's mm still the parent), else that of the task in whose context the event happened: "
+        "an mm whose last thread has gone has no owner, which is so at nearly every ksm_exit",
     ),
 )
 

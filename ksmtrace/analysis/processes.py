@@ -119,7 +119,7 @@ class _Lives:
 
     def __init__(self, events: Events) -> None:
         with_mm = events[np.isin(events["kind"], _WITH_MM)]
-        known = has_flag(with_mm, EventFlag.HAS_PID)
+        known = has_flag(with_mm, EventFlag.PID_IS_OWNER)
         self.processes: list[Process] = []
         self._starts: dict[int, tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]] = {}
         for chosen in _by_mm(with_mm):
@@ -169,6 +169,9 @@ def _life(mm: int, events: Events, known: npt.NDArray[np.bool_]) -> Process:
     # names is the parent (kernel/fork.c:copy_process).
     by_owner = known & (events["kind"] != _ENTER)
     pids = events["pid"][by_owner if by_owner.any() else known]
+    if not len(pids):
+        # All that is left of a process known by its exit alone: the task that ended its mm.
+        pids = events["pid"][events["kind"] == _EXIT]
     enters = events["ts_ns"][events["kind"] == _ENTER]
     exits = events["ts_ns"][events["kind"] == _EXIT]
     process = Process(pid=int(pids[0]) if len(pids) else None, mm=mm)

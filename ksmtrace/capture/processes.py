@@ -75,7 +75,7 @@ class ProcessTable:
     def name_owners(self, events: Events) -> Iterator[ProcessSeen]:
         """Yield the identities of the owners in a batch that have not been told of yet."""
         owned = events[
-            _KINDS_WITH_MM[events["kind"]] & ((events["flags"] & EventFlag.HAS_PID) != 0)
+            _KINDS_WITH_MM[events["kind"]] & ((events["flags"] & EventFlag.PID_IS_OWNER) != 0)
         ]
         strangers = set(np.unique(owned["pid"]).tolist()) - self._told
         if not strangers:

@@ -267,23 +267,25 @@ def _difference(difference: int | None) -> str:
 
 
 def _sharing(content: dict[str, Any], everything: bool) -> Iterator[str]:
-    pairs = []
-    for process in content["processes"]:
-        for other in process["shared_with"]:
-            pairs.append((other["pages"], process, other))
-    pairs.sort(key=lambda pair: -pair[0])
     yield "WHO SHARES WITH WHOM  (pages as they merged during the recording)"
+    pairs: dict[tuple[str, str], dict[str, tuple[int, int]]] = {}
+    for process in content["processes"]:
+        one = f"{_name(process)} ({process['pid']})"
+        for other in process["shared_with"]:
+            names = sorted((one, f"{_name(other)} ({other['pid']})"))
+            pair = pairs.setdefault((names[0], names[1]), {})
+            pair[one] = other["pages"], process["merged_pages"]
     if not pairs:
         yield "  no two processes merged into the same KSM page during the recording"
         return
-    shown = pairs if everything else pairs[:_MOST_PROCESSES]
-    for pages, process, other in shown:
-        part = pages / max(process["merged_pages"], 1)
-        yield (
-            f"  {_name(process)} ({process['pid']}): {pages:,} of its {process['merged_pages']:,} "
-            f"merged pages ({part:.0%}, {text_bytes(pages * _PAGE_BYTES)}) are the same as pages "
-            f"of {_name(other)} ({other['pid']})"
-        )
+    most = sorted(pairs.items(), key=lambda pair: -max(pages for pages, _ in pair[1].values()))
+    shown = most if everything else most[:_MOST_PROCESSES]
+    for (one, other), counts in shown:
+        parts = [
+            f"{pages:,} of {merged:,} merged pages of {name} ({pages / max(merged, 1):.0%})"
+            for name, (pages, merged) in counts.items()
+        ]
+        yield f"  {one} and {other} have the same: {', '.join(parts)}"
     if len(shown) < len(pairs):
         yield f"  ... and {len(pairs) - len(shown)} pairs more (--all shows all)"
 
@@ -327,6 +329,8 @@ def _not_visible(content: dict[str, Any]) -> Iterator[str]:
 def _name(process: dict[str, Any]) -> str:
     if process["guest"]:
         return f"guest {process['guest']}"
+    if process["pid"] is None:
+        return "gone before the recording"
     return process["comm"] or "unknown"
 
 

@@ -102,13 +102,14 @@ class RecordingReader:
                 raise self._damaged(position)
             begin, checked = checked, self._source.tell()
             crc = zlib.crc32(self._content[begin:checked], crc)
+            # The trailer counts once the seal that the writer puts behind it has confirmed it.
+            ended = ended or any(isinstance(item, Trailer) for item in held)
             yield from held
             held = []
             try:
                 held = list(_items(batch))
             except (ValueError, TypeError, KeyError, pa.ArrowInvalid, OSError) as error:
                 raise self._damaged(position) from error
-            ended = ended or any(isinstance(item, Trailer) for item in held)
         yield from held
         if not ended and self.cut_off is None:
             self.cut_off = "the file ends before its trailer"
