@@ -280,14 +280,18 @@ def _sharing(content: dict[str, Any], everything: bool) -> Iterator[str]:
         return
     most = sorted(pairs.items(), key=lambda pair: -max(pages for pages, _ in pair[1].values()))
     shown = most if everything else most[:_MOST_PROCESSES]
-    for (one, other), counts in shown:
-        parts = [
-            f"{pages:,} of {merged:,} merged pages of {name} ({pages / max(merged, 1):.0%})"
-            for name, (pages, merged) in counts.items()
-        ]
-        yield f"  {one} and {other} have the same: {', '.join(parts)}"
+    rows = [
+        [cell for name in names for cell in (name, _part(*counts.get(name, (0, 0))))]
+        for names, counts in shown
+    ]
+    heads = ["who", "merged pages that the other has too", "and whom", "of these"]
+    yield from _indent(render_table(heads, rows, left=(0, 2)))
     if len(shown) < len(pairs):
         yield f"  ... and {len(pairs) - len(shown)} pairs more (--all shows all)"
+
+
+def _part(pages: int, merged: int) -> str:
+    return f"{pages:,} of {merged:,} ({pages / max(merged, 1):.0%})"
 
 
 def _counters(content: dict[str, Any], everything: bool) -> Iterator[str]:

@@ -42,7 +42,7 @@ COUNTS = ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile", "
 
 
 @pytest.fixture(autouse=True)
-def unchanged_machine() -> Iterator[None]:
+def unchanged_machine(kernel_lock: None) -> Iterator[None]:
     knobs = read_knobs()
     yield
     assert read_knobs() == knobs
