@@ -154,7 +154,8 @@ def restore(knobs: SavedKnobs) -> list[str]:
     if not differing:
         return []
     problems = _try_write(knobs, "run", STOP)
-    if "pages_to_scan" in differing and read_knobs().get("advisor_mode") != ADVISOR_OFF:
+    advisor_mode = read_knobs().get("advisor_mode", ADVISOR_OFF)
+    if "pages_to_scan" in differing and advisor_mode != ADVISOR_OFF:
         problems += _try_write(knobs, "advisor_mode", ADVISOR_OFF)
     for name in KNOBS:
         if name == "pages_to_scan" and knobs.before.get("advisor_mode") not in (ADVISOR_OFF, None):
