@@ -31,6 +31,12 @@ from ksmtrace.stream import (
     Trailer,
 )
 
+# What Arrow, JSON and the items' constructors raise for bytes that nobody wrote.
+_UNDECODABLE = (
+    *(pa.ArrowException, OSError, MemoryError, ArithmeticError),
+    *(ValueError, TypeError, LookupError, AttributeError),
+)
+
 
 class RecordingReader:
     """One recording, read as a stream.
@@ -59,9 +65,12 @@ class RecordingReader:
             raise RecordingError(f"{path} cannot be read: {error.strerror}") from error
         self._source = pa.BufferReader(self._content)
         try:
-            self._reader = pa.ipc.open_stream(self._source)
+            # Threads would take longer to start than one of our messages takes to decode.
+            self._reader = pa.ipc.open_stream(
+                self._source, options=pa.ipc.IpcReadOptions(use_threads=False)
+            )
             metadata = self._reader.schema.metadata or {}
-        except (pa.ArrowInvalid, OSError):
+        except _UNDECODABLE:
             raise self._no_recording() from None
         if VERSION_KEY not in metadata:
             raise self._no_recording()
@@ -73,7 +82,7 @@ class RecordingReader:
             )
         try:
             self.header = Header(**json.loads(metadata[HEADER_KEY]))
-        except (KeyError, ValueError, TypeError) as error:
+        except _UNDECODABLE as error:
             raise DamagedRecording(f"{path} is damaged: its header does not decode") from error
 
     def __iter__(self) -> Iterator[Item]:
@@ -92,8 +101,10 @@ class RecordingReader:
                 batch, metadata = self._reader.read_next_batch_with_custom_metadata()
             except StopIteration:
                 break
-            except (pa.ArrowInvalid, pa.ArrowSerializationError, OSError) as error:
-                if len(self._content) - position > MESSAGE_BYTES:
+            except _UNDECODABLE as error:
+                # Of a block that was cut off, Arrow has read all there is.
+                left = len(self._content) - position
+                if self._source.tell() < len(self._content) or left > MESSAGE_BYTES:
                     raise self._damaged(position) from error
                 self.cut_off = f"the file ends in the middle of a block (byte {position})"
                 break
@@ -108,7 +119,7 @@ class RecordingReader:
             held = []
             try:
                 held = list(_items(batch))
-            except (ValueError, TypeError, KeyError, pa.ArrowInvalid, OSError) as error:
+            except _UNDECODABLE as error:
                 raise self._damaged(position) from error
         yield from held
         if not ended and self.cut_off is None:
@@ -135,6 +146,7 @@ def _mapped(path: Path) -> memoryview:
 
 def _items(batch: pa.RecordBatch) -> Iterator[Item]:
     """Yield the items of one record batch: a run of events, or one note per row."""
+    batch.validate(full=True)  # Arrow trusts offsets that it has read until told not to
     notes = batch.column(batch.schema.get_field_index(NOTE))
     if notes.null_count == len(notes):
         if len(notes):

@@ -1,0 +1,125 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GOLDENS = Path(__file__).parents[1] / "golden" / "recordings"
+NAMES = sorted(path.stem for path in GOLDENS.glob("*.ksmt"))
+KSMTRACE = [sys.executable, "-c", "from ksmtrace.cli import main; main()"]
+
+
+def run(*arguments, **options):
+    return subprocess.run(
+        [*KSMTRACE, *map(str, arguments)], capture_output=True, text=True, timeout=60, **options
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recording_has_a_report_in_text(name):
+    done = run("report", "--all", GOLDENS / f"{name}.ksmt")
+    assert (done.returncode, done.stderr) == (0, "")
+    first, _, third, *_ = done.stdout.splitlines()
+    assert first.startswith(f"{GOLDENS / name}.ksmt: Linux ")
+    assert third.startswith("INCOMPLETE" if name in ("losses", "killed") else "COMPLETE")
+
+
+def test_what_is_not_visible_is_listed_and_never_shown_as_zero():
+    text = run("report", GOLDENS / "duplicates.ksmt").stdout
+    listed = text[text.index("NOT VISIBLE ON THIS KERNEL") :]
+    for gap in (
+        "single sharer leaving", "last sharer of a stable node", "unstable tree", "checksum",
+        "smart scan", "why a merge failed", "COW break", "unmerging", "migration", "chains",
+        "zero pages placed by KSM being unmapped", "swap-in", "dropping an mm", "locks",
+    ):  # fmt: skip
+        assert gap in listed, gap
+    assert "not visible on this kernel" in text[: text.index("NOT VISIBLE")]
+    assert "(sampled)" in text
+
+
+def test_the_end_of_a_crashed_command_is_named():
+    assert "SIGSEGV" in run("report", GOLDENS / "crash.ksmt").stdout
+
+
+def test_losses_are_told_first():
+    lines = run("report", GOLDENS / "losses.ksmt").stdout.splitlines()
+    assert lines[2] == "INCOMPLETE: 63 events, 247 lost"
+    assert "246 ksm_merge_with_ksm_page" in lines[3]
+
+
+def test_json_is_all_that_is_on_stdout():
+    done = run("report", "--json", GOLDENS / "cow.ksmt")
+    assert json.loads(done.stdout)["complete"] is True
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", bytes(4096)])
+def test_a_foreign_file_is_one_line_with_a_hint_and_status_5(tmp_path, content):
+    (tmp_path / "f").write_bytes(content)
+    done = run("report", tmp_path / "f")
+    assert (done.returncode, done.stdout) == (5, "")
+    error, hint = done.stderr.splitlines()
+    assert error.startswith("ksmtrace: ") and hint.startswith("HINT: ")
+
+
+def test_a_file_that_is_not_there_or_a_directory_is_status_5(tmp_path):
+    for path in (tmp_path / "absent", tmp_path):
+        done = run("report", path)
+        assert done.returncode == 5
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_damage_is_status_5_and_prints_no_report(tmp_path):
+    content = bytearray((GOLDENS / "lifetime.ksmt").read_bytes())
+    content[len(content) // 2] ^= 255
+    (tmp_path / "f").write_bytes(content)
+    done = run("report", tmp_path / "f")
+    assert (done.returncode, done.stdout) == (5, "")
+    assert "is damaged" in done.stderr
+
+
+def test_a_closed_pipe_is_no_error():
+    command = " ".join(f"'{word}'" for word in [*KSMTRACE, "report"])
+    for options in ("", "--json"):
+        done = subprocess.run(
+            ["bash", "-c", f"{command} {options} '{GOLDENS}/lifetime.ksmt' | head -c 1"],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--interval", "nan"), ("--interval", "inf"), ("--interval", "0"), ("-d", "nan"),
+        ("-d", "-1"), ("-d", "x"), ("--ring", "x"), ("--ring", ""), ("--ring", "-4K"),
+        ("--ring", "1.5M"), ("--", "no-such-command"), ("--no-such-option",),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_status_2(tmp_path, arguments):
+    done = run("record", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_and_report_import_no_capture():
+    program = (
+        "import sys; sys.argv = {argv!r}\n"
+        "from ksmtrace.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([m for m in {unwanted!r} if m in sys.modules], file=sys.stderr)"
+    )
+    cases = (
+        (["ksmtrace", "--help"], ["bcc", "pandas", "textual", "numpy", "pyarrow"]),
+        (["ksmtrace", "record", "--help"], ["bcc", "pandas", "textual"]),
+        (["ksmtrace", "report", str(GOLDENS / "cow.ksmt")], ["bcc", "textual", "pyroute2"]),
+    )
+    for argv, unwanted in cases:
+        done = subprocess.run(
+            [sys.executable, "-c", program.format(argv=argv, unwanted=unwanted)],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.stderr == "[]\n"
