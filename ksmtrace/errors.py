@@ -7,6 +7,7 @@ KsmtraceError
 │   ├── PrivilegeMissing
 │   ├── BackendUnavailable     bcc or a tool that is not installed, or that failed
 │   └── KernelInterfaceError   a kernel file that is there but unreadable or malformed
+├── LostVM                255  a guest kernel that panicked, hung or went away: says nothing of CMD
 ├── WorkloadFailed          1  KSM did not do what the workload waited for
 └── RecordingError          5  a file that is no readable recording
     ├── ForeignRecording
@@ -58,6 +59,22 @@ class BackendUnavailable(CannotRun):
 
 class KernelInterfaceError(CannotRun):
     """A kernel interface is there, but unreadable or not in the documented form."""
+
+
+class LostVM(KsmtraceError):
+    """A guest kernel panicked, oopsed, hung or went away: no statement about the command in it.
+
+    Attributes:
+        console_tail: the last lines that the guest's kernel wrote.
+    """
+
+    exit_status = 255
+
+    def __init__(
+        self, message: str, hint: str | None = None, console_tail: tuple[str, ...] = ()
+    ) -> None:
+        super().__init__(message, hint)
+        self.console_tail = console_tail
 
 
 class WorkloadFailed(KsmtraceError):

@@ -74,12 +74,16 @@ class ProcessTable:
 
     def name_owners(self, events: Events) -> Iterator[ProcessSeen]:
         """Yield the identities of the owners in a batch that have not been told of yet."""
-        owned = events[
-            _KINDS_WITH_MM[events["kind"]] & ((events["flags"] & EventFlag.PID_IS_OWNER) != 0)
-        ]
-        strangers = set(np.unique(owned["pid"]).tolist()) - self._told
+        is_owned = _KINDS_WITH_MM[events["kind"]] & (
+            (events["flags"] & EventFlag.PID_IS_OWNER) != 0
+        )
+        pids = events["pid"][is_owned]
+        # Neighbours mostly have one owner: only where it changes need be looked at.
+        changes = np.flatnonzero(pids[1:] != pids[:-1]) + 1
+        strangers = {*pids[:1].tolist(), *np.unique(pids[changes]).tolist()} - self._told
         if not strangers:
             return
+        owned = events[is_owned]
         entered = of_kind(owned, "ksm_enter")
         for pid in sorted(strangers):
             first = owned[owned["pid"] == pid][:1]

@@ -11,6 +11,8 @@ from ksmtrace import __version__
 from ksmtrace.cli.doctor import doctor
 from ksmtrace.cli.record import record
 from ksmtrace.cli.report import report
+from ksmtrace.cli.sites import sites
+from ksmtrace.cli.vm import vm
 from ksmtrace.cli.workload import workload
 from ksmtrace.errors import KsmtraceError
 
@@ -32,7 +34,7 @@ def ksmtrace() -> None:
     """
 
 
-for _command in (doctor, record, report, workload):
+for _command in (doctor, record, report, workload, vm, sites):
     ksmtrace.add_command(_command)
 
 

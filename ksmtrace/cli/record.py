@@ -158,7 +158,8 @@ class _Run:
         self._signals: list[int] = []
         self._child: subprocess.Popen[bytes] | None = None
         self._started_s: float | None = None
-        self._killing_s: float | None = None
+        self._harder_s = 0.0
+        self._to_send: list[signal.Signals] = []
         self._capture: Capture | None = None
         self._progress_s = 0.0
         self._told = False
@@ -209,33 +210,35 @@ class _Run:
             self._capture.command_exit_status = self._child.returncode
             return self.reason
         if self._signals:
-            self._pass_on_signals(now_s)
+            self._take_signal(signal.Signals(self._signals.pop(0)), now_s)
         elif self._duration is not None and now_s - self._started_s >= self._duration:
-            self._end_child(now_s)
-            self.reason = "duration"
+            self._end_because("duration", now_s, signal.SIGTERM)
+        if self.reason is not None and self._child is not None and now_s >= self._harder_s:
+            self._end_child_harder(now_s)
         if self.reason is not None and (self._child is None or self._child.poll() is not None):
             return self.reason
         return None
 
-    def _pass_on_signals(self, now_s: float) -> None:
-        number, *more = self._signals
-        if self.reason is None:
-            self.reason = _STOPPING[signal.Signals(number)]
-            if self._child is not None and number != signal.SIGINT:
-                self._child.send_signal(number)
-            # A terminal's Ctrl-C has reached the command as well.
-            self._killing_s = now_s + _COMMAND_GRACE_S
-        elif self._child is not None and (more or now_s > (self._killing_s or 0)):
-            self._child.kill()
+    def _take_signal(self, number: signal.Signals, now_s: float) -> None:
+        if self.reason is not None:
+            self._harder_s = now_s  # whoever asks again does not want to wait
+        elif number == signal.SIGINT:
+            # A terminal's Ctrl-C has reached the command as well: it gets the time to end.
+            self._end_because(_STOPPING[number], now_s + _COMMAND_GRACE_S, signal.SIGTERM)
+        else:
+            self._end_because(_STOPPING[number], now_s, number)
 
-    def _end_child(self, now_s: float) -> None:
-        if self._child is None:
-            return
-        if self._killing_s is None:
-            self._child.terminate()
-            self._killing_s = now_s + _COMMAND_GRACE_S
-        elif now_s > self._killing_s:
-            self._child.kill()
+    def _end_because(self, reason: str, from_s: float, first: signal.Signals) -> None:
+        if self.reason is None:
+            self.reason = reason
+            self._harder_s = from_s
+            self._to_send = [first, signal.SIGKILL]
+
+    def _end_child_harder(self, now_s: float) -> None:
+        assert self._child is not None
+        if self._to_send:
+            self._child.send_signal(self._to_send.pop(0))
+            self._harder_s = now_s + _COMMAND_GRACE_S
 
     def _await_child(self) -> None:
         assert self._child is not None

@@ -13,11 +13,11 @@ import pyarrow as pa
 from ksmtrace.errors import DamagedRecording, ForeignRecording, RecordingError, UnsupportedFormat
 from ksmtrace.recording.format import (
     CRC_KEY,
+    EVENTS,
     FORMAT_VERSION,
     HEADER_KEY,
     MESSAGE_BYTES,
     NOTE,
-    PLANES,
     VERSION_KEY,
     from_planes,
 )
@@ -147,13 +147,11 @@ def _mapped(path: Path) -> memoryview:
 def _items(batch: pa.RecordBatch) -> Iterator[Item]:
     """Yield the items of one record batch: a run of events, or one note per row."""
     batch.validate(full=True)  # Arrow trusts offsets that it has read until told not to
-    notes = batch.column(batch.schema.get_field_index(NOTE))
-    if notes.null_count == len(notes):
-        if len(notes):
-            yield Batch(from_planes([batch.column(i).to_numpy() for i in range(PLANES)]))
-        return
-    for note in notes.to_pylist():
-        yield _from_note(json.loads(note or ""))
+    for events, note in zip(batch.column(EVENTS), batch.column(NOTE), strict=True):
+        if events.is_valid:
+            yield Batch(from_planes(memoryview(events.as_buffer())))
+        if note.is_valid:
+            yield _from_note(json.loads(note.as_py()))
 
 
 def _from_note(fields: dict[str, Any]) -> Item:

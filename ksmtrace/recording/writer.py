@@ -26,12 +26,13 @@ from ksmtrace.recording.format import (
     FORMAT_VERSION,
     HEADER_KEY,
     KINDS_KEY,
-    PLANE_DTYPE,
-    PLANES,
     VERSION_KEY,
     to_planes,
 )
 from ksmtrace.stream import Batch, Header, Item
+
+_NO_EVENTS = pa.nulls(1, pa.large_binary())
+_NO_NOTE = pa.nulls(1, pa.string())
 
 
 class RecordingWriter:
@@ -55,7 +56,6 @@ class RecordingWriter:
         self._file = _RecordingFile(path, force)
         self._gathered: list[Events] = []
         self._gathered_events = 0
-        self._no_planes = pa.array([], pa.uint16())
         metadata: dict[bytes | str, bytes | str] = {
             VERSION_KEY: str(FORMAT_VERSION),
             HEADER_KEY: _json(dataclasses.asdict(header)),
@@ -65,13 +65,13 @@ class RecordingWriter:
         self._writer = pa.ipc.new_stream(
             pa.PythonFile(self._file, mode="w"),
             self._schema,
-            # Without threads: handing them 28 small columns costs more than it saves.
+            # Without threads: there is one column to compress.
             options=pa.ipc.IpcWriteOptions(
                 compression=pa.Codec("zstd", compression_level=1), use_threads=False
             ),
         )
         # Arrow writes the header with the first batch: an empty one puts it on disk now.
-        self._write([self._no_planes] * PLANES + [pa.array([], pa.string())])
+        self._write(_NO_EVENTS[:0], _NO_NOTE[:0])
 
     @property
     def written_bytes(self) -> int:
@@ -93,8 +93,7 @@ class RecordingWriter:
         # An item stands behind the events that came before it.
         self.flush()
         fields: dict[str, Any] = {"type": type(item).__name__, **dataclasses.asdict(item)}
-        zero = pa.array(np.zeros(1, PLANE_DTYPE))
-        self._write([zero] * PLANES + [pa.array([_json(fields)])])
+        self._write(_NO_EVENTS, pa.array([_json(fields)]))
 
     def flush(self) -> None:
         """Write the gathered events."""
@@ -105,12 +104,16 @@ class RecordingWriter:
         self._gathered_events = 0
         for begin in range(0, len(events), BATCH_EVENTS):
             part = events[begin : begin + BATCH_EVENTS]
-            self._write([*map(pa.array, to_planes(part)), pa.nulls(len(part), pa.string())])
+            planes = to_planes(part)
+            bounds = np.array([0, planes.nbytes], np.int64)
+            buffers = [None, pa.py_buffer(bounds.data), pa.py_buffer(planes.data)]
+            # One value of all the bytes, without a copy of them.
+            self._write(pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, buffers), _NO_NOTE)
 
     def close(self) -> None:
         """Write what is gathered, seal the file with its checksum, and close it."""
         self.flush()
-        self._write([self._no_planes] * PLANES + [pa.array([], pa.string())])
+        self._write(_NO_EVENTS[:0], _NO_NOTE[:0])
         try:
             self._writer.close()
             self._file.commit(sync=True)
@@ -137,8 +140,8 @@ class RecordingWriter:
         else:
             self.abandon()
 
-    def _write(self, columns: list[pa.Array[Any]]) -> None:
-        batch = pa.record_batch(columns, schema=self._schema)
+    def _write(self, events: pa.Array[Any], note: pa.Array[Any]) -> None:
+        batch = pa.record_batch([events, note], schema=self._schema)
         self._writer.write_batch(batch, custom_metadata={CRC_KEY: str(self._file.crc).encode()})
         self._file.commit()
 

@@ -1,0 +1,131 @@
+"""Real guests: a boot takes 10 s or more under emulation, so each is asked much at once.
+
+Kernels that were not fetched before are fetched, which takes the network and a minute each.
+"""
+
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ksmtrace.errors import CannotRun, LostVM
+from ksmtrace.vm import Kernel, Outcome, VmOptions, find_kernel, run_in_vm
+
+pytestmark = pytest.mark.vm
+
+REQUIRED = os.environ.get("KSMTRACE_RUN_KERNEL_TESTS") == "1"
+PROGRAMS = ("qemu-system-x86_64", "busybox")
+
+
+# A kernel that cannot be had is asked for once only: without a network that takes its time.
+@functools.cache
+def available(series: str) -> Kernel | str:
+    for program in PROGRAMS:
+        if shutil.which(program) is None:
+            return f"{program} is not installed"
+    try:
+        return find_kernel(series)
+    except CannotRun as error:
+        return str(error)
+
+
+def kernel_of(series: str) -> Kernel:
+    kernel = available(series)
+    if isinstance(kernel, str):
+        if REQUIRED:
+            pytest.fail(f"KSMTRACE_RUN_KERNEL_TESTS=1 allows no skip: {kernel}")
+        pytest.skip(kernel)
+    return kernel
+
+
+@pytest.mark.parametrize("series", ["5.10", "6.1", "7.x"])
+def test_a_command_in_a_guest(series: str, tmp_path: Path) -> None:
+    kernel = kernel_of(series)
+    script = (
+        "uname -r; pwd; printf '<%s>' \"$@\"; echo to stderr >&2; echo again >/dev/stderr; "
+        "printf written >written; echo lost >/etc/ksmtrace-vm-test && cat /etc/ksmtrace-vm-test; "
+        "od -An -tx1 -j16 /sys/kernel/notes | tr -d ' \\n'; ls /sys/kernel/tracing/events | wc -l; "
+        "modprobe zram && wc -l </proc/swaps; exit 42"
+    )
+    result = run_in_vm(
+        ["sh", "-c", script, "sh", "a b", "$HOME"],
+        kernel,
+        VmOptions(writable=[tmp_path], swap_bytes=64 << 20),
+        capture=True,
+        working_directory=tmp_path,
+    )
+    assert result.stdout is not None
+    assert result.outcome is Outcome.EXITED
+    assert result.exit_status == 42
+    assert result.stderr == b"to stderr\nagain\n"
+    lines = result.stdout.decode().splitlines()
+    assert lines[:2] == [kernel.release, str(tmp_path)]
+    assert lines[2] == "<a b><$HOME>lost"
+    assert kernel.build_id is not None
+    assert kernel.build_id in lines[3]
+    assert lines[4] == "2"
+    assert (tmp_path / "written").read_text() == "written"
+    assert not Path("/etc/ksmtrace-vm-test").exists()
+
+
+def test_ksmtrace_records_in_a_guest(tmp_path: Path) -> None:
+    kernel = kernel_of("6.12")
+    recording = tmp_path / "x.ksmt"
+    program = str(Path(sys.executable).with_name("ksmtrace"))
+    result = run_in_vm(
+        [program, "record", "-d", "2", "-o", str(recording), "--json"],
+        kernel,
+        VmOptions(writable=[tmp_path]),
+        capture=True,
+        timeout_s=150,
+    )
+    assert result.exit_status == 0, result.stderr
+    assert b'"lost": 0' in (result.stdout or b"")
+    assert recording.stat().st_size > 0
+
+
+def test_a_panic_is_a_lost_guest_and_no_failing_command() -> None:
+    with pytest.raises(LostVM, match="kernel panic: sysrq triggered crash") as lost:
+        run_in_vm(
+            ["sh", "-c", "echo c >/proc/sysrq-trigger; exit 1"], kernel_of("6.12"), capture=True
+        )
+    assert lost.value.console_tail[0].endswith("Kernel panic - not syncing: sysrq triggered crash")
+    assert any("sysrq_handle_crash" in line for line in lost.value.console_tail)
+
+
+def guests_of(parent: int) -> list[str]:
+    listed = subprocess.run(
+        ["ps", "--no-headers", "-o", "args", "--ppid", str(parent)], capture_output=True, text=True
+    )
+    return [line for line in listed.stdout.splitlines() if "qemu-system" in line]
+
+
+def test_ctrl_c_and_time_out_reach_the_command(tmp_path: Path) -> None:
+    kernel_of("6.12")
+    program = str(Path(sys.executable).with_name("ksmtrace"))
+    script = "trap 'echo interrupted; exit 7' INT; echo ready; sleep 600 & wait"
+    with subprocess.Popen(
+        [program, "vm", "run", "-k", "6.12", "--", "sh", "-c", script],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "ready\n"
+        assert guests_of(running.pid)
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.stdout.read() == "interrupted\n"
+    assert running.returncode == 130
+
+    started_s = time.monotonic()
+    done = subprocess.run(
+        [program, "vm", "run", "-k", "6.12", "-t", "1", "--", "sleep", "600"], timeout=170
+    )
+    assert done.returncode == 124
+    assert time.monotonic() - started_s < 160
