@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ksmtrace.cli.options import Seconds, Size
 from ksmtrace.errors import KsmtraceError, UsageError
 from ksmtrace.units import text_bytes, text_count, text_duration, text_signal
 
@@ -32,35 +32,6 @@ _PROGRESS_S = 0.5
 _COMMAND_GRACE_S = 5.0
 
 
-class RingSize(click.ParamType[int]):
-    """A size in bytes, with an optional K, M or G."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Parse ``16M`` to bytes."""
-        if isinstance(value, int):
-            return value
-        scale = {"K": 10, "M": 20, "G": 30}.get(value[-1:].upper(), 0)
-        digits = value[:-1] if scale else value
-        if not digits.isdecimal():
-            self.fail(f"{value!r} is no size; write for example 64K or 16M", param, ctx)
-        return int(digits) << scale
-
-
-class Seconds(click.FloatRange):
-    """A number of seconds; neither infinite nor "not a number"."""
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Parse the number."""
-        seconds = float(super().convert(value, param, ctx))
-        if not math.isfinite(seconds):
-            self.fail(f"{value!r} is no number of seconds", param, ctx)
-        return seconds
-
-
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="The file; default ksmtrace-TIME.ksmt."
@@ -76,7 +47,7 @@ class Seconds(click.FloatRange):
 )
 @click.option(
     "--ring",
-    type=RingSize(),
+    type=Size(),
     default="16M",
     show_default=True,
     help="Size of the event ring: a power of two.",

@@ -4,27 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import click
 
+from ksmtrace.cli.options import Size
 from ksmtrace.errors import LostVM, UsageError
-
-
-class Size(click.ParamType[int]):
-    """A size in bytes; without K, M or G it is in MiB, as QEMU has it."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Parse ``2G`` to bytes."""
-        if isinstance(value, int):
-            return value
-        scale = {"K": 10, "M": 20, "G": 30}.get(value[-1:].upper(), 0)
-        digits = value[:-1] if scale else value
-        if not digits.isdecimal():
-            self.fail(f"{value!r} is no size; write for example 512M or 2G", param, ctx)
-        return int(digits) << (scale or 20)
 
 
 @click.group()
@@ -51,7 +35,7 @@ def vm() -> None:
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="The modules of that bzImage, where they are not found above it.",
 )
-@click.option("-m", "--memory", type=Size(), default="2G", show_default=True)
+@click.option("-m", "--memory", type=Size(default_unit="M"), default="2G", show_default=True)
 @click.option("--cpus", type=click.IntRange(1, 64), default=1, show_default=True)
 @click.option(
     "--numa",
@@ -60,8 +44,15 @@ def vm() -> None:
     show_default=True,
     help="NUMA nodes, which share memory and CPUs evenly.",
 )
-@click.option("--swap", type=Size(), default="0", help="Swap on compressed memory (zram).")
-@click.option("--hotplug", type=Size(), default="0", help="Further memory that can be offlined.")
+@click.option(
+    "--swap", type=Size(default_unit="M"), default="0", help="Swap on compressed memory (zram)."
+)
+@click.option(
+    "--hotplug",
+    type=Size(default_unit="M"),
+    default="0",
+    help="Further memory that can be offlined.",
+)
 @click.option(
     "-w",
     "--writable",
