@@ -149,12 +149,14 @@ class RecordingWriter:
 class _RecordingFile(io.RawIOBase):
     """The file beneath the Arrow stream: whole messages only, with a running CRC."""
 
+    _fd = -1
+
     def __init__(self, path: Path, force: bool) -> None:
         # O_NONBLOCK: else opening a FIFO would wait for its reader.
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         flags |= os.O_TRUNC if force else os.O_EXCL
         try:
-            self._fd = os.open(path, flags, 0o600)
+            fd = os.open(path, flags, 0o600)
         except FileExistsError:
             raise UsageError(
                 f"{path} exists", "choose another name, or overwrite it with --force"
@@ -165,10 +167,11 @@ class _RecordingFile(io.RawIOBase):
             if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
                 raise UsageError(f"{path}: {error.strerror}") from error
             raise CannotRun(f"{path} cannot be created: {error.strerror}") from error
-        if not stat.S_ISREG(os.fstat(self._fd).st_mode):
-            os.close(self._fd)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
             raise _not_a_file(path)
-        os.fchmod(self._fd, 0o600)  # with force the file may have had another mode
+        self._fd = fd
+        os.fchmod(fd, 0o600)  # with force the file may have had another mode
         self._path = path
         self._message = bytearray()
         self.position = 0
@@ -205,8 +208,10 @@ class _RecordingFile(io.RawIOBase):
 
     def close(self) -> None:
         """Close the file descriptor."""
-        if not self.closed:
-            os.close(self._fd)
+        # Also called when an object that never got its file is collected.
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
         super().close()
 
 

@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import gc
 import os
 import shutil
 import stat
@@ -446,6 +447,17 @@ def test_what_is_no_regular_file_is_refused_and_left_alone(tmp_path, kind, force
 def test_a_missing_directory_is_wrong_usage(tmp_path):
     with pytest.raises(UsageError, match="No such file or directory"):
         RecordingWriter(tmp_path / "absent" / "f", HEADER)
+
+
+def test_a_refused_output_closes_its_descriptor_once():
+    with pytest.raises(UsageError) as refused:
+        RecordingWriter(Path("/dev/null"), HEADER, force=True)
+    # One of these gets the number that the refused file had, and must keep it.
+    fds = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]
+    del refused
+    gc.collect()
+    for fd in fds:
+        os.close(fd)
 
 
 def test_a_failed_write_keeps_what_was_written_and_says_so(tmp_path, monkeypatch):
