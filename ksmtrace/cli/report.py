@@ -149,7 +149,7 @@ def _passes(content: dict[str, Any], everything: bool) -> Iterator[str]:
             [
                 str(one["seq"]),
                 "not seen whole" if open_end else text_duration(one["duration_ns"]),
-                _exact(one["rmap_entries"]),
+                "–" if one["rmap_entries"] is None else f"{one['rmap_entries']:,}",
                 "–" if one["cpu_ns"] is None else text_duration(one["cpu_ns"]),
                 "–" if one["run_delay_ns"] is None else text_duration(one["run_delay_ns"]),
                 f"{one['merged']:,}",
