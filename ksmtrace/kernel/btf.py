@@ -121,6 +121,10 @@ class Btf:
     def _name_offsets(self) -> bytes:
         return array("I", map(self._words.__getitem__, self._starts)).tobytes()
 
+    @cached_property
+    def _named(self) -> frozenset[int]:
+        return frozenset(memoryview(self._name_offsets).cast("I"))
+
     def _start(self, type_id: int) -> int:
         if not 0 < type_id <= len(self._starts):
             raise _malformed(f"there is no type {type_id}")
@@ -140,12 +144,13 @@ class Btf:
 
     def _find(self, name: str, kinds: tuple[int, ...]) -> Iterator[int]:
         # By bytes, not type by type: find the string, then the types that begin with its offset.
-        # A string may be the tail of another.
+        # A string may be the tail of another; but "page" is the tail of hundreds that are no type's
+        # name, and searching for each of those takes longer than everything else.
         wanted = name.encode() + b"\0"
         offset = self._strings.find(wanted) if name else -1
         while offset >= 0:
             reference = struct.pack("=I", offset)
-            at = self._name_offsets.find(reference)
+            at = self._name_offsets.find(reference) if offset in self._named else -1
             while at >= 0:
                 type_id = at // 4 + 1
                 if at % 4 == 0 and self._kind(self._starts[type_id - 1]) in kinds:
@@ -288,6 +293,27 @@ class Btf:
         """
         return tuple(self._find(name, (_FUNC,)))
 
+    def function_arguments(self, name: str) -> int | None:
+        """Count the parameters that a function is declared with.
+
+        A FUNC's type is its FUNC_PROTO, which has one entry per parameter, and one more for
+        ``...`` (Documentation/bpf/btf.rst).
+
+        Returns:
+            The number, 0 for ``(void)``; None where the function was inlined or is absent.
+
+        Raises:
+            KernelInterfaceError: several functions of that name differ.
+        """
+        counts = {
+            count
+            for type_id in self._find(name, (_FUNC,))
+            if (count := self._parameters(self._referred(type_id))) is not None
+        }
+        if len(counts) > 1:
+            raise KernelInterfaceError(f"BTF has several different functions {name}")
+        return counts.pop() if counts else None
+
     def tracepoints(self, prefix: str) -> tuple[str, ...]:
         """List the tracepoints whose names begin with a prefix, sorted."""
         wanted = b"\0btf_trace_" + prefix.encode()
@@ -312,21 +338,27 @@ class Btf:
         counts = {
             count
             for type_id in self._find(f"btf_trace_{name}", (_TYPEDEF,))
-            if (count := self._parameters(type_id)) is not None
+            if (count := self._tracepoint_parameters(type_id)) is not None
         }
         if len(counts) > 1:
             raise KernelInterfaceError(f"BTF has several different tracepoints {name}")
         return counts.pop() - 1 if counts else None
 
-    def _parameters(self, typedef_id: int) -> int | None:
-        pointer = self._start(self._words[self._start(typedef_id) + 2])
-        if self._kind(pointer) != _PTR:
+    def _tracepoint_parameters(self, typedef_id: int) -> int | None:
+        pointer_id = self._referred(typedef_id)
+        if self._kind(self._start(pointer_id)) != _PTR:
             return None
-        prototype = self._start(self._words[pointer + 2])
+        # None for a prototype without even __data, which is then no tracepoint's.
+        return self._parameters(self._referred(pointer_id)) or None
+
+    def _referred(self, type_id: int) -> int:
+        return self._words[self._start(type_id) + 2]
+
+    def _parameters(self, prototype_id: int) -> int | None:
+        prototype = self._start(prototype_id)
         if self._kind(prototype) != _FUNC_PROTO:
             return None
-        count = self._words[prototype + 1] & 0xFFFF
-        return count if count >= 1 else None
+        return self._words[prototype + 1] & 0xFFFF
 
 
 def _malformed(what: str) -> KernelInterfaceError:

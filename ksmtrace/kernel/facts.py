@@ -14,13 +14,31 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ksmtrace.errors import CannotRun, KernelInterfaceError
-from ksmtrace.kernel import kallsyms, loading, privileges, procfs, sysfs, tracefs, vmstat
+from ksmtrace.kernel import kallsyms, loading, numa, privileges, procfs, sysfs, tracefs, vmstat
 from ksmtrace.kernel.btf import Btf
 from ksmtrace.kernel.files import ROOT, read_file, read_text
 from ksmtrace.kernel.probes import KpfProbe, LoadProbe
 
 OFFSETS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "ksm_rmap_item.address": (("ksm_rmap_item", "rmap_item"), "address"),
+    "ksm_rmap_item.oldchecksum": (("ksm_rmap_item", "rmap_item"), "oldchecksum"),
+    "ksm_rmap_item.mm": (("ksm_rmap_item", "rmap_item"), "mm"),
+    "ksm_rmap_item.head": (("ksm_rmap_item", "rmap_item"), "head"),
+    "ksm_rmap_item.hlist": (("ksm_rmap_item", "rmap_item"), "hlist"),
+    "ksm_stable_node.hlist": (("ksm_stable_node", "stable_node"), "hlist"),
+    "ksm_stable_node.hlist_dup": (("ksm_stable_node", "stable_node"), "hlist_dup"),
+    "ksm_stable_node.kpfn": (("ksm_stable_node", "stable_node"), "kpfn"),
+    "ksm_stable_node.rmap_hlist_len": (("ksm_stable_node", "stable_node"), "rmap_hlist_len"),
+    "ksm_stable_node.nid": (("ksm_stable_node", "stable_node"), "nid"),
+    "ksm_stable_node.head": (("ksm_stable_node", "stable_node"), "head"),
+    "ksm_scan.seqnr": (("ksm_scan",), "seqnr"),
+    "vm_area_struct.vm_mm": (("vm_area_struct",), "vm_mm"),
+    # At the same place in both (include/linux/mm_types.h:FOLIO_MATCH); page is to lose it.
+    "page.mapping": (("page", "folio"), "mapping"),
+    "mm_walk.mm": (("mm_walk",), "mm"),
+    "mm_walk.private": (("mm_walk",), "private"),
+    "ksm_next_page_arg.page": (("ksm_next_page_arg",), "page"),
+    "ksm_next_page_arg.addr": (("ksm_next_page_arg",), "addr"),
     "mm_struct.owner": (("mm_struct",), "owner"),
     "mm_struct.ksm_merging_pages": (("mm_struct",), "ksm_merging_pages"),
     "mm_struct.ksm_rmap_items": (("mm_struct",), "ksm_rmap_items"),
@@ -54,10 +72,25 @@ FUNCTIONS = (
     "ksm_might_need_to_copy",
     "unmerge_ksm_pages",
     "ksm_madvise",
+    "run_store",
     "do_wp_page",
     "wp_page_copy",
     "__folio_lock",
     "__lock_page",
+    "wait_while_offlining",
+    "lru_add_drain_all",
+    "__ksm_enter",
+    "__ksm_exit",
+    "calc_checksum",
+    "follow_page",
+    "unstable_tree_search_insert",
+    "break_ksm_pmd_entry",
+    "ksm_scan_thread",
+    "memcmp_pages",
+    "write_protect_page",
+    "remove_stable_node",
+    "stable_tree_insert",
+    "rmap_walk_ksm",
 )
 """Functions, most of mm/ksm.c, whose visibility matters; an inlined one has no BTF."""
 
@@ -113,6 +146,8 @@ class Facts:
         page_size_bytes: size of a page.
         online_cpus: CPU numbers, None where unknown.
         numa_nodes: node numbers, None where the kernel has no NUMA.
+        node_pages: per node, the ranges of its page frame numbers
+            (:func:`ksmtrace.kernel.numa.read_node_pages`).
         ksm: files of /sys/kernel/mm/ksm (:func:`ksmtrace.kernel.sysfs.read_ksm`); None where
             the kernel has no KSM, or they were unreadable.
         ksm_others: files there that ksmtrace does not know.
@@ -121,11 +156,14 @@ class Facts:
         btf: whether the kernel has readable BTF.
         offsets: bytes, per key of :data:`OFFSETS`.
         rmap_item_bytes: sizeof(struct ksm_rmap_item), None where unknown.
-        functions: per name of :data:`FUNCTIONS`, whether it is a function of its own (BTF FUNC).
+        page_struct_bytes: sizeof(struct page), None where unknown.
+        functions: per name of :data:`FUNCTIONS`, the number of arguments of a function of its own
+            (BTF FUNC): 0 for ``(void)``, None where it is inlined or absent.
         tracepoints: every ``ksm_*`` tracepoint that this kernel has, and those of
             :data:`NEIGHBOUR_TRACEPOINTS` that it has, by name.
         tracefs_mounted: None where that is closed to this user.
-        symbols: of :data:`FUNCTIONS` and :data:`ksmtrace.kernel.kallsyms.KSM_OBJECTS`.
+        symbols: of :data:`FUNCTIONS`, :data:`ksmtrace.kernel.kallsyms.KSM_OBJECTS` and
+            :data:`ksmtrace.kernel.kallsyms.MEMORY_OBJECTS`.
         privileges: what this process may do.
         loading: per kind of program, whether it works here (:mod:`ksmtrace.kernel.loading`);
             None where it was not tried.
@@ -140,6 +178,7 @@ class Facts:
     page_size_bytes: int
     online_cpus: tuple[int, ...] | None
     numa_nodes: tuple[int, ...] | None
+    node_pages: Mapping[int, tuple[tuple[int, int], ...]] | None
     ksm: Mapping[str, int | str | None] | None
     ksm_others: tuple[str, ...]
     vmstat: Mapping[str, int | None] | None
@@ -147,7 +186,8 @@ class Facts:
     btf: bool
     offsets: Mapping[str, int | None] | None
     rmap_item_bytes: int | None
-    functions: Mapping[str, bool] | None
+    page_struct_bytes: int | None
+    functions: Mapping[str, int | None] | None
     tracepoints: Mapping[str, Tracepoint] | None
     tracefs_mounted: bool | None
     symbols: kallsyms.Symbols | None
@@ -160,7 +200,10 @@ class Facts:
     unknown: Mapping[str, str]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the facts as plain JSON types; keys are the attributes' names."""
+        """Return the facts as plain JSON types; keys are the attributes' names.
+
+        JSON's keys are strings: the nodes of :attr:`node_pages` are ``"0"``, ``"1"``, ...
+        """
         plain: dict[str, Any] = _plain(self)
         return plain
 
@@ -169,7 +212,7 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return value
@@ -219,18 +262,20 @@ def read_facts(root: Path = ROOT, probe: bool = True) -> Facts:
     if skipped is not None:
         gathering.unknown["loading"] = gathering.unknown["kpf_ksm"] = skipped
     without_btf = gathering.unknown.get("btf")
-    for field in ("offsets", "functions", "rmap_item_bytes"):
+    for field in ("offsets", "functions", "rmap_item_bytes", "page_struct_bytes"):
         if without_btf is not None:
             gathering.unknown[field] = without_btf
+    page_size_bytes = _read_page_size(root)
     return Facts(
         kernel=kernel,
-        page_size_bytes=_read_page_size(root),
+        page_size_bytes=page_size_bytes,
         online_cpus=attempt(
             "online_cpus", lambda: _read_list(f"{root}/sys/devices/system/cpu/online")
         ),
         numa_nodes=attempt(
             "numa_nodes", lambda: _read_list(f"{root}/sys/devices/system/node/online")
         ),
+        node_pages=attempt("node_pages", lambda: numa.read_node_pages(page_size_bytes, root)),
         ksm=attempt("ksm", lambda: sysfs.read_ksm(root)),
         ksm_others=sysfs.undocumented(root),
         vmstat=attempt("vmstat", lambda: vmstat.read_vmstat(root)),
@@ -238,14 +283,19 @@ def read_facts(root: Path = ROOT, probe: bool = True) -> Facts:
         btf=btf is not None,
         offsets=None if btf is None else attempt("offsets", lambda: _read_offsets(btf)),
         rmap_item_bytes=None if btf is None else _read_rmap_item_bytes(btf, gathering),
+        page_struct_bytes=None
+        if btf is None
+        else attempt("page_struct_bytes", lambda: _read_page_struct_bytes(btf)),
         functions=None
         if btf is None
-        else attempt("functions", lambda: {n: bool(btf.function_ids(n)) for n in FUNCTIONS}),
+        else attempt("functions", lambda: {n: btf.function_arguments(n) for n in FUNCTIONS}),
         tracepoints=tracepoints,
         tracefs_mounted=None if "tracefs_mounted" in gathering.unknown else formats is not None,
         symbols=attempt(
             "symbols",
-            lambda: kallsyms.read_symbols((*FUNCTIONS, *kallsyms.KSM_OBJECTS), root),
+            lambda: kallsyms.read_symbols(
+                (*FUNCTIONS, *kallsyms.KSM_OBJECTS, *kallsyms.MEMORY_OBJECTS), root
+            ),
         ),
         privileges=held,
         loading=None
@@ -339,6 +389,13 @@ def _read_rmap_item_bytes(btf: Btf, gathering: _Gathering) -> int | None:
         "rmap_item_bytes",
         lambda: btf.struct_size("ksm_rmap_item") or btf.struct_size("rmap_item"),
     )
+
+
+def _read_page_struct_bytes(btf: Btf) -> int:
+    size = btf.struct_size("page")
+    if size is None:
+        raise KernelInterfaceError("BTF has no struct page")
+    return size
 
 
 def _read_tracepoints(

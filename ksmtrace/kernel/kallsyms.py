@@ -35,6 +35,13 @@ KSM_OBJECTS = (
 Their type letter says nothing: .data objects carry ``t`` on kernels from 7.2.
 """
 
+MEMORY_OBJECTS = ("vmemmap_base",)
+"""Objects of the memory model; listed only by a kernel with CONFIG_KALLSYMS_ALL.
+
+``vmemmap_base`` holds the address of the ``struct page`` of frame 0 on x86_64, which KASLR moves
+at boot (arch/x86/mm/kaslr.c:kernel_randomize_memory); other machines have a constant instead.
+"""
+
 
 @dataclass(frozen=True)
 class Symbols:

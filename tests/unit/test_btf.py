@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ksmtrace.errors import KernelFeatureMissing, KernelInterfaceError
 from ksmtrace.kernel.btf import Btf
-from ksmtrace.kernel.facts import OFFSETS
+from ksmtrace.kernel.facts import FUNCTIONS, OFFSETS
 
 TREES = Path(__file__).parents[1] / "golden/trees"
 BLOBS = {
@@ -20,16 +20,40 @@ BLOBS = {
 @pytest.mark.parametrize(
     ("kernel", "expected"),
     [
-        ("5.10", [24, 912, None, None, None, 2236, 200, 1952]),
-        ("6.1", [24, 928, 1048, 1056, None, 2420, 200, 2168]),
-        ("6.12", [24, 1144, 1264, 1272, 1280, 2436, 224, 2200]),
-        ("6.18h", [24, 1296, 1416, 1424, 1432, 1268, 232, 1016]),
+        ("5.10", [64, 0, 8, 912, None, None, None, 2236, 200, 1952]),
+        ("6.1", [16, 8, 16, 928, 1048, 1056, None, 2420, 200, 2168]),
+        ("6.12", [16, 8, 16, 1144, 1264, 1272, 1280, 2436, 224, 2200]),
+        ("6.18h", [16, 8, 16, 1296, 1416, 1424, 1432, 1268, 232, 1016]),
     ],
 )
 def test_offsets_of_every_member_that_the_programs_read(kernel, expected):
+    vm_mm, page, addr, *others = expected
+    ksm = [24, 32, 16, 40, 48, 40, 8, 48, 56, 60, 0, 24]
+    walked = [vm_mm, 24, 8, 40, page, addr]
     btf = Btf(BLOBS[kernel])
 
-    assert expected == [btf.offset(names, path) for names, path in OFFSETS.values()]
+    assert [btf.offset(names, path) for names, path in OFFSETS.values()] == [
+        *ksm,
+        *walked,
+        *others,
+    ]
+
+
+def test_a_page_without_a_mapping_leaves_it_to_the_folio():
+    # struct page { unsigned long flags; }; struct folio { long; { unsigned long mapping; }; };
+    strings = b"\0page\0flags\0folio\0mapping\0"
+    page, flags, folio, mapping = (
+        strings.index(b"\0" + name + b"\0") + 1
+        for name in (b"page", b"flags", b"folio", b"mapping")
+    )
+    types = [
+        *(page, 4 << 24 | 1, 8, flags, 0, 0),
+        *(folio, 4 << 24 | 1, 16, 0, 3, 64),
+        *(0, 5 << 24 | 1, 8, mapping, 0, 0),
+    ]
+    btf = Btf(_blob(types, strings))
+
+    assert btf.offset(*OFFSETS["page.mapping"]) == 8
 
 
 @pytest.mark.parametrize("kernel", BLOBS)
@@ -112,6 +136,55 @@ def test_kernels_without_ksm_tracepoints_list_none():
     assert [Btf(BLOBS[k]).tracepoints("ksm_") for k in ("5.10", "6.1")] == [(), ()]
 
 
+# As `bpftool btf dump` prints each FUNC's FUNC_PROTO for the whole vmlinux.
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        ("5.10", [2, 3, 1, 1, None, 0, 1, None, 2]),
+        ("6.1", [2, 3, 1, None, 1, 0, 1, None, 2]),
+        ("6.12", [3, 4, None, None, 1, 0, 1, 2, None]),
+        ("6.18h", [3, 4, None, None, 1, 0, 1, 2, None]),
+    ],
+)
+def test_functions_and_their_numbers_of_arguments(kernel, expected):
+    btf = Btf(BLOBS[kernel])
+    names = (
+        *("break_ksm", "unmerge_ksm_pages", "calc_checksum", "__lock_page", "__folio_lock"),
+        *("lru_add_drain_all", "remove_rmap_item_from_tree", "ksm_get_folio", "get_ksm_page"),
+    )
+
+    assert [btf.function_arguments(name) for name in names] == expected
+    assert btf.function_arguments("cmp_and_merge_page") is None
+    # The tail of a name is not the name.
+    assert btf.function_arguments("folio_lock") is None
+
+
+@pytest.mark.parametrize(("second", "expected"), [(2, 2), (3, None)])
+def test_functions_of_one_name_must_agree_on_their_arguments(second, expected):
+    # FUNC 1 of FUNC_PROTO 2 and FUNC 3 of FUNC_PROTO 4.
+    types = [1, 12 << 24, 2, 0, 13 << 24 | 2, 0, *([0] * 4)]
+    types += [1, 12 << 24, 4, 0, 13 << 24 | second, 0, *([0] * 2 * second)]
+    btf = Btf(_blob(types, b"\0twice\0"))
+
+    if expected is None:
+        with pytest.raises(KernelInterfaceError, match="several different functions twice"):
+            btf.function_arguments("twice")
+    else:
+        assert btf.function_arguments("twice") == expected
+
+
+def test_a_function_without_a_prototype_is_not_counted():
+    types = [1, 12 << 24, 2, 1, 4 << 24 | 1, 8, 0, 0, 0]
+
+    assert Btf(_blob(types, b"\0odd\0")).function_arguments("odd") is None
+
+
+def _blob(types: list[int], strings: bytes) -> bytes:
+    size = 4 * len(types)
+    header = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, size, size, len(strings))
+    return header + struct.pack(f"={len(types)}I", *types) + strings
+
+
 def test_functions_are_listed_with_the_id_that_fentry_needs():
     btf = Btf(BLOBS["6.18h"])
     (type_id,) = btf.function_ids("break_ksm")
@@ -158,19 +231,16 @@ def test_what_is_no_btf_is_refused(blob, message):
 
 def test_typedefs_that_go_in_circles_end():
     # TYPEDEF 1 -> 1, and STRUCT 2 with an unnamed member of type 1.
-    types = struct.pack("=III", 1, 8 << 24, 1) + struct.pack("=IIIIII", 1, 4 << 24 | 1, 8, 0, 1, 0)
-    strings = b"\0loop\0"
-    header = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), len(strings))
+    types = [1, 8 << 24, 1, 1, 4 << 24 | 1, 8, 0, 1, 0]
 
     with pytest.raises(KernelInterfaceError, match="circles"):
-        Btf(header + types + strings).members("loop")
+        Btf(_blob(types, b"\0loop\0")).members("loop")
 
 
 def test_a_struct_inside_itself_ends():
-    types = struct.pack("=IIIIII", 1, 4 << 24 | 1, 8, 0, 1, 0)
-    header = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(types), len(types), 6)
+    types = [1, 4 << 24 | 1, 8, 0, 1, 0]
 
-    assert Btf(header + types + b"\0loop\0").members("loop") == {}
+    assert Btf(_blob(types, b"\0loop\0")).members("loop") == {}
 
 
 def _ask_everything(blob: bytes) -> None:
@@ -183,6 +253,8 @@ def _ask_everything(blob: bytes) -> None:
     for name in btf.tracepoints("ksm_"):
         btf.tracepoint_arguments(name)
     btf.function_ids("break_ksm")
+    for name in FUNCTIONS:
+        btf.function_arguments(name)
 
 
 @settings(max_examples=400, deadline=None)

@@ -32,8 +32,11 @@ def test_facts_of_this_kernel_as_recorded():
     assert facts.offsets is not None and set(facts.offsets) == set(OFFSETS)
     assert facts.rmap_item_bytes == 64
     assert facts.functions is not None and set(facts.functions) == set(FUNCTIONS)
-    assert facts.functions["break_ksm"]
-    assert not facts.functions["cmp_and_merge_page"]
+    assert facts.page_struct_bytes == 64
+    assert facts.node_pages == {0: ((0, 98304), (1048576, 1114112), (6520832, 6553600))}
+    assert facts.functions["break_ksm"] == 3
+    assert facts.functions["wait_while_offlining"] == 0
+    assert facts.functions["cmp_and_merge_page"] is None
     assert facts.tracepoints is not None
     assert facts.tracepoints["ksm_merge_with_ksm_page"] == Tracepoint(5, "btf")
     assert facts.tracepoints["contention_begin"] == Tracepoint(2, "btf")
@@ -57,7 +60,10 @@ def test_a_kernel_without_ksm_tracepoints_is_known_to_have_none(kernel):
     assert not [name for name in facts.tracepoints if name.startswith("ksm_")]
     assert facts.offsets is not None and facts.offsets["mm_struct.ksm_zero_pages"] is None
     assert facts.symbols is not None and facts.symbols.objects_listed
+    assert facts.symbols.address("vmemmap_base")
+    assert facts.symbols.address("ksm_scan_thread")
     assert facts.rmap_item_bytes == 64
+    assert facts.page_struct_bytes == 64
 
 
 def test_struct_names_of_5_10_are_understood():
@@ -78,7 +84,19 @@ def test_tracefs_stands_in_for_btf(tree):
     assert facts.tracepoints is not None
     assert facts.tracepoints["ksm_merge_with_ksm_page"] == Tracepoint(5, "tracefs")
     assert facts.offsets is None
+    assert facts.page_struct_bytes is None
     assert "btf/vmlinux" in facts.unknown["offsets"]
+    assert "btf/vmlinux" in facts.unknown["page_struct_bytes"]
+
+
+def test_btf_without_a_struct_page_leaves_its_size_unknown(tree):
+    path = tree / "sys/kernel/btf/vmlinux"
+    path.write_bytes(path.read_bytes().replace(b"\0page\0", b"\0pags\0"))
+    facts = read_facts(tree)
+
+    assert facts.page_struct_bytes is None
+    assert facts.unknown["page_struct_bytes"] == "BTF has no struct page"
+    assert facts.rmap_item_bytes == 64
 
 
 def test_btf_and_tracefs_agree():
@@ -111,6 +129,7 @@ def test_with_neither_tracepoints_are_unknown_and_not_absent(tree):
         ("sys/kernel/btf/vmlinux", "btf"),
         ("sys/kernel/notes", "kernel.build_id"),
         ("sys/devices/system/cpu/online", "online_cpus"),
+        ("sys/devices/system/memory/block_size_bytes", "node_pages"),
     ],
 )
 def test_one_broken_file_costs_one_fact_and_says_why(tree, path, field):
@@ -131,6 +150,15 @@ def test_a_kernel_without_ksm_has_none(tree):
     assert "without KSM" in facts.unknown["ksm"]
 
 
+def test_without_memory_blocks_the_nodes_pages_are_unknown_and_not_none(tree):
+    shutil.rmtree(tree / "sys/devices/system/memory")
+    facts = read_facts(tree)
+
+    assert facts.node_pages is None
+    assert "block_size_bytes" in facts.unknown["node_pages"]
+    assert facts.numa_nodes == (0,)
+
+
 def test_what_is_no_kernel_tree_is_refused(tmp_path):
     with pytest.raises(KernelInterfaceError, match="osrelease"):
         read_facts(tmp_path)
@@ -149,6 +177,8 @@ def test_facts_are_plain_json(kernel):
     assert json.loads(json.dumps(plain)) == plain
     assert set(plain["kernel"]) == {"release", "version", "machine", "build_id"}
     assert plain["privileges"]["euid"] == 0
+    # A node's number is a string there.
+    assert plain["node_pages"]["0"][0][0] == 0
 
 
 def test_facts_need_neither_numpy_nor_pyroute2_nor_bcc():

@@ -1,4 +1,4 @@
-"""kallsyms, tracefs, privileges, loading, pages: small readers, each against recorded files."""
+"""kallsyms, numa, tracefs, privileges, loading, pages: readers, each against recorded files."""
 
 import ctypes
 import mmap
@@ -14,7 +14,7 @@ import pytest
 
 from ksmtrace.errors import KernelFeatureMissing, KernelInterfaceError, PrivilegeMissing
 from ksmtrace.events import KINDS
-from ksmtrace.kernel import kallsyms, loading, pages, privileges, tracefs
+from ksmtrace.kernel import kallsyms, loading, numa, pages, privileges, tracefs
 from ksmtrace.kernel.files import parse_selected, read_int
 
 TREES = Path(__file__).parents[1] / "golden/trees"
@@ -60,6 +60,15 @@ def test_whether_data_objects_are_listed(kernel, listed):
     assert not symbols.hidden
 
 
+@pytest.mark.parametrize("kernel", ["5.10", "6.1", "6.12", "6.18h"])
+def test_where_the_pages_are_described_is_listed_with_the_data_objects(kernel):
+    symbols = kallsyms.read_symbols(kallsyms.MEMORY_OBJECTS, TREES / kernel)
+
+    assert symbols.has("vmemmap_base") is symbols.objects_listed
+    # __ksymtab_vmemmap_base is another symbol.
+    assert len(symbols.addresses["vmemmap_base"]) == symbols.objects_listed
+
+
 def test_a_data_object_is_found_whatever_its_type_letter(tree):
     path = tree / "proc/kallsyms"
     path.write_text(path.read_text() + "ffffffff82000000 t ksm_scan\n")
@@ -95,15 +104,64 @@ def test_kallsyms_absent_or_malformed_is_an_error(tree):
         kallsyms.read_symbols(["ksm_madvise"], tree)
 
 
+def test_every_node_has_its_pages():
+    # Also a directory memory_failure, which is no block.
+    assert numa.read_node_pages(4096, TREES / "6.12-numa") == {
+        0: ((0, 65536),),
+        1: ((65536, 131072),),
+    }
+
+
+def test_a_range_is_counted_in_pages():
+    assert numa.read_node_pages(65536, TREES / "6.12-numa")[1] == ((4096, 8192),)
+
+
+def test_holes_split_ranges_and_numbers_are_compared_as_numbers(tmp_path):
+    _blocks(tmp_path, {0: [0, 1, 2, 9, 10, 11, 32], 1: [12, 31, 30], 10: []})
+
+    assert numa.read_node_pages(4096, tmp_path) == {
+        0: ((0, 98304), (294912, 393216), (1048576, 1081344)),
+        1: ((393216, 425984), (983040, 1048576)),
+        10: (),
+    }
+
+
+def _blocks(root: Path, nodes: dict[int, list[int]], size: str = "8000000") -> None:
+    (root / numa.MEMORY).mkdir(parents=True)
+    (root / numa.MEMORY / "block_size_bytes").write_text(f"{size}\n")
+    for node, blocks in nodes.items():
+        (root / numa.NODES / f"node{node}").mkdir(parents=True)
+        for block in blocks:
+            link = root / numa.NODES / f"node{node}/memory{block}"
+            link.symlink_to(f"../../memory/memory{block}")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "hint"), [({}, "CONFIG_NUMA"), ({0: []}, "CONFIG_MEMORY_HOTPLUG")]
+)
+def test_no_nodes_or_no_blocks_is_a_missing_feature(tmp_path, nodes, hint):
+    _blocks(tmp_path, nodes)
+
+    with pytest.raises(KernelFeatureMissing, match="node") as raised:
+        numa.read_node_pages(4096, tmp_path)
+    assert hint in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("size", ["", "128M", "0", "1800"])
+def test_a_block_that_is_no_number_of_pages_is_an_error(tmp_path, size):
+    _blocks(tmp_path, {0: [0]}, size)
+
+    with pytest.raises(KernelInterfaceError, match="block_size_bytes"):
+        numa.read_node_pages(4096, tmp_path)
+
+
 @pytest.mark.parametrize("kernel", ["6.12", "6.18h-tracefs"])
 def test_formats_have_the_fields_that_the_events_declare(kernel):
     formats = tracefs.read_formats("ksm", TREES / kernel)
 
-    assert set(formats) == {kind.name for kind in KINDS}
-    own_name = {"seq": "seq", "rmap_entries": "rmap_entries"}
-    for kind in KINDS:
-        fields = [field.name for field in formats[kind.name].fields]
-        assert fields == [own_name.get(field, field) for field in kind.fields]
+    assert {name: tuple(field.name for field in f.fields) for name, f in formats.items()} == {
+        kind.name: kind.fields for kind in KINDS if kind.has_tracepoint
+    }
 
 
 def test_a_format_is_read_field_by_field():

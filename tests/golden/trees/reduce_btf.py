@@ -2,6 +2,7 @@
 
 Made the ``vmlinux`` files of the trees beside it. Every struct kept has all its members at their
 real offsets; a member's own type is kept only where ksmtrace follows it, and is void otherwise.
+Every function and tracepoint kept has all its parameters, whose types are void.
 Shares no code with ksmtrace.kernel.btf, so that the tests compare two readings of the format;
 ``bpftool btf dump file REDUCED`` is the third.
 """
@@ -15,12 +16,21 @@ from pathlib import Path
 STRUCTS = {
     *("rmap_item", "ksm_rmap_item", "stable_node", "ksm_stable_node"),
     *("mm_slot", "ksm_mm_slot", "ksm_scan", "mm_struct", "task_struct"),
-    *("sched_entity", "sched_info"),
+    *("sched_entity", "sched_info", "vm_area_struct", "page", "folio"),
+    *("mm_walk", "ksm_next_page_arg"),
 }
 FUNCTIONS = {
-    *("try_to_merge_one_page", "try_to_merge_with_ksm_page", "break_ksm", "break_cow"),
-    *("stable_tree_append", "stable_node_dup", "remove_rmap_item_from_tree", "ksm_get_folio"),
-    *("get_ksm_page", "folio_migrate_ksm", "ksm_migrate_page", "ksm_madvise", "do_wp_page"),
+    *("cmp_and_merge_page", "try_to_merge_one_page", "try_to_merge_with_ksm_page"),
+    *("break_ksm", "break_ksm_pmd_entry", "break_cow", "calc_checksum", "write_protect_page"),
+    *("stable_tree_search", "stable_tree_insert", "stable_tree_append", "stable_node_dup"),
+    *("__stable_node_chain", "alloc_stable_node_chain", "unstable_tree_search_insert"),
+    *("remove_rmap_item_from_tree", "remove_node_from_stable_tree", "remove_stable_node"),
+    *("ksm_get_folio", "get_ksm_page", "ksm_next_page_pmd_entry", "scan_get_next_rmap_item"),
+    *("should_skip_rmap_item", "folio_migrate_ksm", "ksm_migrate_page", "rmap_walk_ksm"),
+    *("ksm_might_need_to_copy", "unmerge_ksm_pages", "ksm_madvise", "__ksm_enter", "__ksm_exit"),
+    *("ksm_scan_thread", "wait_while_offlining", "lru_add_drain_all", "memcmp_pages"),
+    "run_store",
+    *("follow_page", "do_wp_page", "wp_page_copy", "__folio_lock", "__lock_page"),
 }
 TRACEPOINTS = ("btf_trace_ksm_", "btf_trace_contention_", "btf_trace_mm_migrate_pages")
 FIXED = {1: 1, 3: 3, 14: 1, 17: 1}
@@ -64,7 +74,7 @@ def main(full: Path, reduced: Path) -> None:
                     inner = name(member[0])
                     if inner == "" or inner in STRUCTS:
                         add(words[at + 1])
-        elif kind(words) in (8, 2):
+        elif kind(words) in (2, 8, 12):
             add(words[2])
 
     for number, words in enumerate(types[1:], 1):
