@@ -25,12 +25,18 @@ struct tally {
 };
 
 BPF_RINGBUF_OUTPUT(ring, RING_PAGES);
-BPF_PERCPU_ARRAY(tallies, struct tally, NR_KINDS);
+/*
+ * Mapped by the consumer. To read a map with bpf(2) would not only cost more: the kernel runs
+ * no kprobe's program on a CPU that is in the middle of such a call, even of a task that has
+ * lost the CPU meanwhile (kernel/trace/bpf_trace.c:trace_call_bpf, bpf_prog_active).
+ */
+#define BPF_MAPPED_ARRAY(name, type, nr) \
+	BPF_F_TABLE("array", int, type, name, nr, BPF_F_MMAPABLE)
+BPF_MAPPED_ARRAY(tallies, struct tally, NR_KINDS);
 
 /*
  * Reserve a slot and fill the head. NULL where the ring is full: the event is
- * then counted as dropped. The per-CPU tally needs no atomics: a raw tracepoint
- * program does not nest on one CPU, and ksm:* does not fire in interrupts.
+ * then counted as dropped.
  */
 static __always_inline struct ksm_event *begin(u8 kind)
 {
@@ -41,10 +47,10 @@ static __always_inline struct ksm_event *begin(u8 kind)
 
 	if (!tally)
 		return NULL;
-	tally->produced++;
+	__sync_fetch_and_add(&tally->produced, 1);
 	event = ring.ringbuf_reserve(sizeof(struct ksm_event));
 	if (!event) {
-		tally->dropped++;
+		__sync_fetch_and_add(&tally->dropped, 1);
 		return NULL;
 	}
 	event->ts_ns = ts_ns;

@@ -30,6 +30,10 @@ class EventFlag(enum.IntFlag):
     HAS_ADDRESS = 2
     PID_IS_OWNER = 4
     HAS_COUNTS = 8
+    BYPASS = 16
+    NODE_FREED = 32
+    FIRST_SHARER = 64
+    LAST_SHARER = 128
 
 
 FLAG_MEANING = {
@@ -37,6 +41,31 @@ FLAG_MEANING = {
     EventFlag.HAS_ADDRESS: "`address` was read; without the flag it is absent, not 0",
     EventFlag.PID_IS_OWNER: "`pid` is the tgid of the mm's owner",
     EventFlag.HAS_COUNTS: "the counts read in place were read; without the flag they are absent",
+    EventFlag.BYPASS: "max_page_sharing was bypassed, for a KSM page that a fork has shared "
+    "(mm/ksm.c:stable_tree_append)",
+    EventFlag.NODE_FREED: "the stable_node turned out stale and was freed with all its sharers: "
+    "its own events, which come before, count this sharer too",
+    EventFlag.FIRST_SHARER: "the stable_node had no sharer yet: pages_shared is about to rise, "
+    "and not pages_sharing",
+    EventFlag.LAST_SHARER: "the stable_node has no sharer any more: pages_shared has fallen, and "
+    "not pages_sharing",
+}
+
+
+class SearchOutcome(enum.IntEnum):
+    """What mm/ksm.c:stable_tree_search came to (field ``outcome``)."""
+
+    NONE = 0
+    FOUND = 1
+    SAME_PAGE = 2
+    BUSY = 3
+
+
+SEARCH_OUTCOME_MEANING = {
+    SearchOutcome.NONE: "no equal page that can take one more sharer",
+    SearchOutcome.FOUND: "an equal KSM page",
+    SearchOutcome.SAME_PAGE: "the page itself: a KSM page that a fork has shared",
+    SearchOutcome.BUSY: "-EBUSY: the equal KSM page is locked",
 }
 
 
@@ -77,7 +106,14 @@ BODY = (
     Field("seq", 16, "s32", "ksm_scan.seqnr of the pass (before it is incremented)"),
     Field("rmap_entries", 20, "u32", "ksm_rmap_items: rmap_items that exist, in all mms"),
     Field("cpu_percent", 16, "u32", "ksmd's CPU use in the last pass, per cent of one CPU"),
-    Field("rmap_item", 24, "u64", "address of the rmap_item"),
+    Field("sharers", 16, "s32", "stable_node.rmap_hlist_len"),
+    Field("run", 16, "u32", "what was written to /sys/kernel/mm/ksm/run"),
+    Field("nid", 20, "s32", "stable_node.nid: NUMA node of the tree that it is in"),
+    Field("kpfn_before", 16, "u64", "stable_node.kpfn when the function was called"),
+    Field("rmap_item", 24, "u64", "address of the rmap_item; 0: unknown"),
+    Field("kpfn_after", 24, "u64", "stable_node.kpfn when the function returned"),
+    Field("chain", 24, "u64", "address of the chain's stable_node; 0: in no chain"),
+    Field("task_pid", 24, "u32", "tgid of the task in whose context the event happened"),
     Field("ksmd_cpu_ns", 24, "u64", "task_struct.se.sum_exec_runtime of ksmd; behind by a tick"),
     Field("scan_time", 24, "s64", "seconds the advisor took the last pass to last"),
     Field("comm", 24, "comm", "name of the task in whose context the event happened"),
@@ -86,15 +122,24 @@ BODY = (
         "address",
         32,
         "u64",
-        "rmap_item.address: the page's virtual address; the low 12 bits hold the kernel's own "
-        "flags (seqnr 0x0ff, UNSTABLE_FLAG 0x100, STABLE_FLAG 0x200); see HAS_ADDRESS",
+        "the page's virtual address; with an rmap_item it is rmap_item.address, whose low 12 bits "
+        "hold the kernel's own flags (seqnr 0x0ff, UNSTABLE_FLAG 0x100, STABLE_FLAG 0x200); see "
+        "HAS_ADDRESS",
     ),
+    Field("new_pfn", 32, "u64", "page frame number that the page moves to"),
     Field("ksmd_run_delay_ns", 32, "u64", "task_struct.sched_info.run_delay of ksmd"),
     Field("pages_to_scan", 32, "u64", "the batch size that the advisor chose"),
-    Field("pfn", 40, "u64", "page frame number of the KSM page (kpfn)"),
+    Field("pfn", 40, "u64", "page frame number: of the KSM page (kpfn), or of the page looked at"),
+    Field("end_address", 40, "u64", "end of the range; 0 where the kernel goes page by page"),
     Field("ksm_merging_pages", 40, "u64", "mm_struct.ksm_merging_pages at the event"),
     Field("ksm_page", 48, "u64", "struct page of the stable page to merge with; 0: none yet"),
     Field("ksm_rmap_items", 48, "u64", "mm_struct.ksm_rmap_items at the event"),
+    Field("stable_node", 48, "u64", "address of the stable_node; 0: none yet"),
+    Field("duration_ns", 48, "u64", "from the function's entry to its exit; 0: unknown"),
+    Field("outcome", 48, "u32", "SearchOutcome"),
+    Field("flags_before", 48, "u32", "the low 12 bits of rmap_item.address when the visit began"),
+    Field("checksum_changed", 52, "u32", "1: rmap_item.oldchecksum is another than at the begin"),
+    Field("nodes", 52, "u32", "stable_nodes whose page was looked up in the search"),
 )
 
 
@@ -104,10 +149,13 @@ class Kind:
 
     Attributes:
         number: value of the payload's ``kind``; never reused for another meaning.
-        name: the tracepoint's name in group ``ksm``.
-        fields: names of the fields that the tracepoint itself hands over.
+        name: the tracepoint's name in group ``ksm``, or the function's in mm/ksm.c.
+        fields: names of the fields that the tracepoint or the function itself hands over.
         in_place: names of the fields that our program reads from kernel memory at the event.
         meaning: when the kernel fires it, with the source.
+        has_tracepoint: whether some kernels have a tracepoint of that name.
+        every_page: it happens once per page that ksmd looks at, so that by default the kernel
+            side only counts it.
     """
 
     number: int
@@ -115,6 +163,8 @@ class Kind:
     fields: tuple[str, ...]
     in_place: tuple[str, ...]
     meaning: str
+    has_tracepoint: bool = True
+    every_page: bool = False
 
     @property
     def body(self) -> tuple[str, ...]:
@@ -197,6 +247,116 @@ KINDS = (
         (),
         "The scan-time advisor set pages_to_scan for the next pass (mm/ksm.c:scan_time_advisor).",
     ),
+    Kind(
+        10,
+        "try_to_merge_one_page",
+        ("pfn", "err"),
+        ("mm", *_OWNER, "rmap_item", "address", "duration_ns"),
+        "ksmd tried to make a page a sharer, or a KSM page. pfn is the page's own; what it is to "
+        "be merged with is in the ksm_merge_with_ksm_page or ksm_merge_one_page that follows it.",
+        has_tracepoint=False,
+    ),
+    Kind(
+        11,
+        "break_ksm",
+        ("address", "end_address", "err"),
+        ("mm", *_OWNER, "task_pid", "duration_ns"),
+        "An address, from 6.19 on a range, was unmerged: run=2, MADV_UNMERGEABLE, prctl, or ksmd "
+        "undoing a merge (break_cow). Fires for addresses without a KSM page too.",
+        has_tracepoint=False,
+    ),
+    Kind(
+        12,
+        "ksm_migrate_page",
+        ("pfn", "new_pfn"),
+        ("stable_node", "kpfn_before", "kpfn_after"),
+        "A KSM page moved to another frame (ksm_migrate_page, since 5.17 folio_migrate_ksm). pfn "
+        "is the old one. kpfn_after differs from new_pfn where the stable_node is not moved along.",
+        has_tracepoint=False,
+    ),
+    Kind(
+        13,
+        "cmp_and_merge_page",
+        ("rmap_item", "pfn"),
+        ("mm", *_OWNER, "address", "flags_before", "checksum_changed"),
+        "ksmd looked at a page, which smart scan has not skipped. ts_ns is when it began; known "
+        "when ksmd goes on, so that the last page may be missing at the end of a recording. "
+        "address is that after the visit: its flags say in which tree the page ended.",
+        has_tracepoint=False,
+        every_page=True,
+    ),
+    Kind(
+        14,
+        "stable_tree_search",
+        ("pfn", "outcome"),
+        ("rmap_item", "mm", *_OWNER, "address", "nodes"),
+        "ksmd searched the stable tree for an equal page. Known when ksmd goes on, so that the "
+        "last search may be missing at the end of a recording.",
+        has_tracepoint=False,
+        every_page=True,
+    ),
+    Kind(
+        15,
+        "stable_tree_append",
+        ("rmap_item", "stable_node"),
+        ("mm", *_OWNER, "address", "pfn"),
+        "A page becomes a sharer of a stable_node. Fired before the counters move.",
+        has_tracepoint=False,
+    ),
+    Kind(
+        16,
+        "remove_rmap_item_from_tree",
+        ("rmap_item",),
+        ("mm", *_OWNER, "address", "stable_node", "pfn"),
+        "A sharer has left its stable_node (COW, unmap, unmerge, exit), as ksmd or an unmerge "
+        "found out. Calls for an rmap_item that is not in the stable tree have no event. address "
+        "is that before the call.",
+        has_tracepoint=False,
+    ),
+    Kind(
+        17,
+        "remove_node_from_stable_tree",
+        ("stable_node",),
+        ("sharers", "nid", "pfn"),
+        "A stable_node is freed: as ksm_remove_ksm_page, and with it. All its sharers go, which "
+        "takes one from pages_shared if there are any, and the others from pages_sharing.",
+        has_tracepoint=False,
+    ),
+    Kind(
+        18,
+        "stable_tree_insert",
+        ("stable_node",),
+        ("pfn", "sharers", "nid", "chain"),
+        "A stable_node gets its first sharer: it is new in the stable tree, or had lost them all. "
+        "Comes with the stable_tree_append of that sharer, before it.",
+        has_tracepoint=False,
+    ),
+    Kind(
+        19,
+        "alloc_stable_node_chain",
+        ("stable_node", "chain"),
+        ("pfn", "sharers", "nid"),
+        "A stable_node becomes the first dup of a new chain, which takes its place in the tree.",
+        has_tracepoint=False,
+    ),
+    Kind(
+        20,
+        "free_stable_node_chain",
+        ("chain", "stable_node"),
+        ("pfn", "sharers", "nid"),
+        "A chain is freed while the tree is walked: it had no dup any more, or only one, "
+        "stable_node, which takes its place in the tree. run=2 and memory offline free chains too, "
+        "without this event.",
+        has_tracepoint=False,
+    ),
+    Kind(
+        21,
+        "run_store",
+        ("run", "err"),
+        ("duration_ns",),
+        "Somebody wrote to /sys/kernel/mm/ksm/run, and is through: run=2 has then unmerged all.",
+        has_tracepoint=False,
+    ),
 )
 
 KIND_BY_NAME = {kind.name: kind for kind in KINDS}
@@ -263,6 +423,8 @@ def c_header() -> str:
         "",
         *(f"#define {flag.name} {flag.value}" for flag in EventFlag),
         "",
+        *(f"#define SEARCH_{outcome.name} {outcome.value}" for outcome in SearchOutcome),
+        "",
         f"#define COMM_BYTES {COMM_BYTES}",
         "",
         "struct ksm_event {",
@@ -324,12 +486,24 @@ def markdown() -> str:
         "",
         "## Kinds",
         "",
-        "| number | kind | fields of the tracepoint | in place | fires |",
+        "| number | kind | fields of the tracepoint or function | in place | fires |",
         "|---|---|---|---|---|",
         *(
             f"| {k.number} | `{k.name}` | {_code_list(k.fields)} | {_code_list(k.in_place)} "
             f"| {k.meaning} |"
             for k in KINDS
+        ),
+        "",
+        "`cmp_and_merge_page` and `stable_tree_search` happen for every page that ksmd looks at: "
+        "the kernel side counts them, and `record --every-page` streams them as well.",
+        "",
+        "## Outcomes of stable_tree_search",
+        "",
+        "| number | outcome | meaning |",
+        "|---|---|---|",
+        *(
+            f"| {outcome.value} | `{outcome.name.lower()}` | {SEARCH_OUTCOME_MEANING[outcome]} |"
+            for outcome in SearchOutcome
         ),
         "",
         "## Fields of the body",

@@ -99,14 +99,29 @@ class ProcessSeen:
 
 @dataclass(frozen=True)
 class Losses:
-    """The kernel-side tallies since the capture began, per kind's name.
+    """The kernel-side tallies since the capture began, by kind's name.
 
-    ``produced`` counts events that happened, ``dropped`` those of them that found the ring full.
+    Attributes:
+        ts_ns: CLOCK_MONOTONIC when they were read.
+        produced: events that happened.
+        dropped: those of them that found the ring full.
+        counted: what is only counted (:data:`ksmtrace.capture.hooks.COUNTS`); a count that this
+            kernel does not offer is missing.
+        histograms: per name (:data:`ksmtrace.capture.hooks.HISTOGRAMS`) the count in each slot:
+            slot 0 is the value 0, slot n is from 2^(n-1) to below 2^n.
+        calls: per function with programs on it, how often it was entered and how often it
+            returned; None where there is no program on that side.
+        missed: how often the kernel did not run a program, by what it is attached to; only
+            kernels that count it, and only programs that were missed.
     """
 
     ts_ns: int
     produced: Mapping[str, int]
     dropped: Mapping[str, int]
+    counted: Mapping[str, int] = field(default_factory=dict)
+    histograms: Mapping[str, list[int]] = field(default_factory=dict)
+    calls: Mapping[str, list[int | None]] = field(default_factory=dict)
+    missed: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

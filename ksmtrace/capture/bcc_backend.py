@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.resources
+import mmap
 import os
 import re
 import resource
+import struct
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from ksmtrace.capture.hooks import (
+    COUNTS,
+    FUNCTIONS,
+    HISTOGRAM_SLOTS,
+    HISTOGRAMS,
+    Attachment,
+)
 from ksmtrace.errors import BackendUnavailable, CannotRun
-from ksmtrace.events import KINDS
+from ksmtrace.events import KINDS, NR_KINDS
+
+_RECURSION_MISSES = 208  # offset in struct bpf_prog_info (include/uapi/linux/bpf.h)
+_KFUNC = {"fentry": "kfunc", "fexit": "kretfunc"}  # bcc's words
 
 RING_PAGE_BYTES = 4096
 """Unit in which bcc's BPF_RINGBUF_OUTPUT counts (PAGE_SIZE of our prologue)."""
@@ -24,11 +40,11 @@ class Programs:
     """The loaded programs: everything is attached once the constructor returns, or it raises.
 
     Args:
-        tracepoints: names of the raw tracepoints to attach to; for each ``NAME`` the source has
-            a program ``on_NAME``.
+        attachments: the programs, and where each goes.
         defines: C defines for the source.
         ring_bytes: size of the ring, a power of two of at least 4096.
-        source: the C program; its directory and the package's own are searched for includes.
+        source: the C program with the maps; by default the package's ksm.c, and functions.c with
+            it where an attachment needs it.
 
     Raises:
         BackendUnavailable: bcc is missing, or the kernel or compiler refused; nothing stays loaded.
@@ -36,7 +52,7 @@ class Programs:
 
     def __init__(
         self,
-        tracepoints: Iterable[str],
+        attachments: Iterable[Attachment],
         defines: Mapping[str, int],
         ring_bytes: int,
         source: Path | None = None,
@@ -51,42 +67,119 @@ class Programs:
         package = self._stack.enter_context(
             importlib.resources.as_file(importlib.resources.files("ksmtrace.bpf"))
         )
-        source = source or package / "ksm.c"
+        attachments = tuple(attachments)
+        self._made = [attachment for attachment in attachments if attachment.text]
+        sources = [source or package / "ksm.c"]
+        if self._made:
+            sources.append(package / "functions.c")
+        # One text, because bcc makes maps known within one file only.
+        lines = [path.read_text() for path in sources] + [made.text for made in self._made]
+        text = "\n".join([*lines, ""])
         self.headers = os.environ.get("BCC_KERNEL_SOURCE") or str(package / "prologue")
         flags = [f"-I{package}", f"-DRING_PAGES={ring_bytes // RING_PAGE_BYTES}"]
-        flags += [f"-D{name}={number}" for name, number in defines.items()]
-        self._attached: list[bytes] = []
+        flags += [f"-D{name}={number}ULL" for name, number in defines.items()]
+        self._prefixes = {how: f"{kfunc}{_infix(bcc)}" for how, kfunc in _KFUNC.items()}
+        flags += [f"-DKFUNC_PREFIX={self._prefixes['fentry']}"]
+        flags += [f"-DKRETFUNC_PREFIX={self._prefixes['fexit']}"]
+        self._attached: list[Attachment] = []
         self._bpf: Any = None
         try:
             with _environment("BCC_KERNEL_SOURCE", self.headers), _stderr_held() as said:
-                self._bpf = bcc.BPF(src_file=os.fsencode(source), cflags=flags)
-                for tracepoint in tracepoints:
-                    self._bpf.attach_raw_tracepoint(
-                        tp=tracepoint.encode(), fn_name=f"on_{tracepoint}".encode()
-                    )
-                    self._attached.append(tracepoint.encode())
+                # bcc attaches a program for a function's entry or exit by itself, by its name.
+                self._bpf = bcc.BPF(text=text.encode(), cflags=flags)
+                for attachment in attachments:
+                    self._attach(attachment)
+                    self._attached.append(attachment)
         except Exception as error:
             # bcc raises bare Exception for whatever failed, and its reason goes to stderr.
             self.close()
             raise _refusal(str(error), said(), ring_bytes) from error
         self.ring_fd: int = self._bpf[b"ring"].map_fd
+        self._tallies = self._mapped(b"tallies", NR_KINDS * 2).reshape(NR_KINDS, 2)
+        if self._made:
+            self._counts = self._mapped(b"counts", len(COUNTS))
+            slots = self._mapped(b"histograms", len(HISTOGRAMS) * HISTOGRAM_SLOTS)
+            self._histograms = slots.reshape(len(HISTOGRAMS), HISTOGRAM_SLOTS)
+            self._passages = self._mapped(b"passages", len(FUNCTIONS) * 2).reshape(-1, 2)
 
     def tallies(self) -> dict[str, tuple[int, int]]:
-        """Read the kernel-side counts: kind's name -> (produced, dropped), summed over CPUs."""
-        table = self._bpf[b"tallies"]
-        tallies = {}
-        for kind in KINDS:
-            per_cpu = table[table.Key(kind.number)]
-            tallies[kind.name] = (
-                sum(tally.produced for tally in per_cpu),
-                sum(tally.dropped for tally in per_cpu),
+        """Read the kernel-side counts: kind's name -> (produced, dropped)."""
+        rows = self._tallies.tolist()
+        return {kind.name: (rows[kind.number][0], rows[kind.number][1]) for kind in KINDS}
+
+    def counted(self) -> dict[str, int]:
+        """Read what is counted per page; empty where no program counts."""
+        return dict(zip(COUNTS, self._counts.tolist(), strict=True)) if self._made else {}
+
+    def histograms(self) -> dict[str, list[int]]:
+        """Read the histograms; empty where no program counts."""
+        return dict(zip(HISTOGRAMS, self._histograms.tolist(), strict=True)) if self._made else {}
+
+    def calls(self) -> dict[str, list[int | None]]:
+        """Read how often each function with programs was entered, and how often it returned."""
+        numbers = {function.body: number for number, function in enumerate(FUNCTIONS)}
+        calls: dict[str, list[int | None]] = {}
+        for attachment in self._made:
+            way = int(attachment.how in ("fexit", "kretprobe"))
+            passed = calls.setdefault(attachment.body, [None, None])
+            passed[way] = int(self._passages[numbers[attachment.body], way])
+        return calls
+
+    def missed(self) -> dict[str, int]:
+        """Read how often a program was not run, because its CPU was in the middle of another.
+
+        The kernel counts it (kernel/bpf/syscall.c: bpf_prog_info.recursion_misses) from 5.12 on,
+        and for kprobes from 6.7 on; before that, there is nothing here.
+        """
+        missed = {}
+        for attachment in self._attached:
+            name = self._program_name(attachment)
+            information = _read_program_information(self._bpf.funcs[name].fd)
+            if len(information) >= _RECURSION_MISSES + 8:
+                (times,) = struct.unpack_from("=Q", information, _RECURSION_MISSES)
+                if times:
+                    missed[f"{attachment.how}:{attachment.target}"] = times
+        return missed
+
+    def _mapped(self, name: bytes, numbers: int) -> npt.NDArray[np.uint64]:
+        """Map an array of unsigned 64-bit numbers, so that reading it calls no bpf(2)."""
+        whole_pages = -(-numbers * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
+        try:
+            mapping = mmap.mmap(
+                self._bpf[name].map_fd, whole_pages, mmap.MAP_SHARED, mmap.PROT_READ
             )
-        return tallies
+        except (OSError, ValueError) as error:
+            self.close()
+            raise BackendUnavailable(f"{name.decode()} cannot be mapped: {error}") from error
+        return np.frombuffer(mapping, np.uint64, numbers)
+
+    def _program_name(self, attachment: Attachment) -> bytes:
+        return f"{self._prefixes.get(attachment.how, '')}{attachment.program}".encode()
 
     def detach(self) -> None:
         """Detach all programs; the ring and the tallies stay readable."""
         while self._attached:
-            self._bpf.detach_raw_tracepoint(self._attached.pop())
+            self._detach(self._attached.pop())
+
+    def _attach(self, attachment: Attachment) -> None:
+        name, target = attachment.program.encode(), attachment.target.encode()
+        if attachment.how == "raw_tracepoint":
+            self._bpf.attach_raw_tracepoint(tp=target, fn_name=name)
+        elif attachment.how == "kprobe":
+            self._bpf.attach_kprobe(event=target, event_off=attachment.offset, fn_name=name)
+        elif attachment.how == "kretprobe":
+            self._bpf.attach_kretprobe(event=target, fn_name=name)
+
+    def _detach(self, attachment: Attachment) -> None:
+        target = attachment.target.encode()
+        if attachment.how == "raw_tracepoint":
+            self._bpf.detach_raw_tracepoint(target)
+        elif attachment.how in ("kprobe", "kretprobe"):
+            detach = getattr(self._bpf, f"detach_{attachment.how}")
+            detach(target, attachment.program.encode())
+        else:
+            detach = getattr(self._bpf, f"detach_{_KFUNC[attachment.how]}")
+            detach(self._program_name(attachment))
 
     def close(self) -> None:
         """Detach and unload everything."""
@@ -107,6 +200,23 @@ def _import_bcc() -> Any:
             "system Python with --system-site-packages (scripts/setup does both)",
         ) from error
     return bcc
+
+
+def _read_program_information(fd: int) -> bytes:
+    """Read struct bpf_prog_info, as much of it as the kernel has; empty where it refuses."""
+    from bcc.libbcc import lib
+
+    room = ctypes.create_string_buffer(_RECURSION_MISSES + 8)
+    length = ctypes.c_uint(len(room))
+    if lib.bpf_obj_get_info(fd, room, ctypes.byref(length)):
+        return b""
+    return room.raw[: length.value]
+
+
+def _infix(bcc: Any) -> str:
+    """Return what bcc wants between its word and a function's name: from 0.27 on the module."""
+    version = tuple(int(part) for part in re.findall(r"\d+", bcc.__version__)[:2])
+    return "__vmlinux__" if version >= (0, 27) else "__"
 
 
 @contextlib.contextmanager
@@ -162,5 +272,5 @@ def _refusal(error: str, said: str, ring_bytes: int) -> CannotRun:
     lines = [line for line in said.splitlines() if "error" in line] or said.splitlines()[-1:]
     return BackendUnavailable(
         f"bcc could not load the programs: {'; '.join([reason, *lines[:2]])}",
-        "`ksmtrace doctor` shows what this kernel offers",
+        "`ksmtrace doctor` shows what this kernel offers; `--without RUNG` leaves out what fails",
     )

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -31,6 +32,8 @@ _LARGEST_RING_SHARE = 4  # of MemAvailable: more would push out what is being ob
 _SHORTEST_WAIT_S = 0.005
 _LONGEST_WAIT_S = 0.05  # an idle ring of the default size then bears a burst of 5 million events/s
 _SETTLE_S = 2.0
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,17 +94,18 @@ class Capture:
         self.command_exit_status: int | None = None
         self.notices: list[str] = []
         self._settings = settings
+        self._counted = plan.counted
+        self._missed: dict[str, int] = {}
         self._until = until
         self._recorded = np.zeros(NR_KINDS, np.int64)
         self._sampler = CounterSampler(facts.ksmd_pid)
         self._processes = ProcessTable()
-        tracepoints = [event.event for event in plan.events if event.rung == "tracepoint"]
         with contextlib.ExitStack() as opening:
             self._process_events = self._subscribe()
             if self._process_events is not None:
                 opening.callback(self._process_events.close)
             self._processes.read_all()
-            self._programs = Programs(tracepoints, plan.defines, settings.ring_bytes)
+            self._programs = Programs(plan.attachments, plan.defines, settings.ring_bytes)
             opening.callback(self._programs.close)
             self._ring = Ring(self._programs.ring_fd, settings.ring_bytes)
             opening.callback(self._ring.close)
@@ -118,6 +122,7 @@ class Capture:
                 "ring_bytes": settings.ring_bytes,
                 "interval_ns": settings.interval_ns,
                 "headers": self._programs.headers,
+                "every_page": bool(plan.defines.get("EVERY_PAGE")),
             },
         )
 
@@ -146,8 +151,11 @@ class Capture:
         except KsmtraceError as error:
             self.progress.failure = error
             reason = str(error)
+        self._missed = self._programs.missed()
         self._programs.detach()
         yield from self._settle()
+        for target, times in self._missed.items():
+            self.notices.append(f"the kernel left out the program on {target} {times} times")
         yield Trailer(
             ts_ns=time.monotonic_ns(),
             recorded={kind.name: int(self._recorded[kind.number]) for kind in KINDS},
@@ -198,7 +206,18 @@ class Capture:
         produced = {name: tally[0] for name, tally in tallies.items()}
         dropped = {name: tally[1] for name, tally in tallies.items()}
         self.progress.dropped = sum(dropped.values())
-        return Losses(time.monotonic_ns(), produced, dropped)
+        return Losses(
+            time.monotonic_ns(),
+            produced,
+            dropped,
+            counted=self._kept(self._programs.counted()),
+            histograms=self._kept(self._programs.histograms()),
+            calls=self._programs.calls(),
+            missed=self._missed,
+        )
+
+    def _kept(self, counted: dict[str, T]) -> dict[str, T]:
+        return {name: count for name, count in counted.items() if name in self._counted}
 
     def _settle(self) -> Iterator[Item]:
         """Yield what is left after detaching, until every event produced is accounted for."""

@@ -249,7 +249,7 @@ def find_recipe(build_id: str | None, directory: Path | None = None) -> Recipe |
         return None
     name = f"{build_id}.json"
     path = (directory or user_directory()) / name
-    text = _read(path)
+    text = None if _is_closed(path) else _read(path)
     if text is None:
         shipped = resources.files("ksmtrace.capture") / "recipes" / name
         if not shipped.is_file():
@@ -307,6 +307,17 @@ def write_recipe(recipe: Recipe, directory: Path) -> Path:
 
 def _by_release(recipe: Recipe) -> tuple[list[int], str]:
     return [int(digits) for digits in re.findall(r"\d+", recipe.release)], recipe.version
+
+
+def _is_closed(path: Path) -> bool:
+    """Tell whether the file is in a directory closed to this user, as root's home is to others."""
+    try:
+        path.stat()
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _read(path: Path) -> str | None:

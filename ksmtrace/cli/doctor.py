@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ksmtrace.cli.options import without_option
 from ksmtrace.cli.table import render_table
 
 if TYPE_CHECKING:
@@ -25,18 +26,20 @@ _EXIT_CANNOT_RECORD = 3
     help="Say what can be recorded on this kernel, how, and what cannot be seen here and why.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+@without_option
 @click.pass_context
-def doctor(context: click.Context, as_json: bool) -> None:
+def doctor(context: click.Context, as_json: bool, without: tuple[str, ...]) -> None:
     """Print facts and plan; exit with 0 where a recording can be made, else with 3.
 
     Works for every user; changes nothing. As root it tries out, for some microseconds each,
     whether BPF programs that do nothing load and attach.
     """
     from ksmtrace.capture.plan import make_plan
+    from ksmtrace.capture.sites import find_recipe
     from ksmtrace.kernel.facts import read_facts
 
     facts = read_facts()
-    plan = make_plan(facts)
+    plan = make_plan(facts, find_recipe(facts.kernel.build_id), without=without)
     click.echo(doctor_json(facts, plan) if as_json else doctor_text(facts, plan))
     context.exit(0 if plan.can_record else _EXIT_CANNOT_RECORD)
 
@@ -65,10 +68,12 @@ def doctor_text(facts: Facts, plan: Plan) -> str:
     width = min(shutil.get_terminal_size((_MAX_WIDTH, 24)).columns, _MAX_WIDTH)
     sections = [
         ("Can record?", _verdict(plan, width)),
-        ("Kernel", _table(_kernel_rows(facts))),
-        ("Plan", _table(_plan_rows(plan), ("event", "rung", "target", "reason"))),
+        ("Kernel", _named(_kernel_rows(facts), width)),
+        ("Plan", _table(_plan_rows(plan), ("event", "rung", "on"))),
+        ("How the derived and the inlined are told", _hows(plan, width)),
+        ("Programs", _programs(plan, width)),
         ("KSM", _table(_ksm_rows(facts), ("file", "value", "unit", "type"), right=(1,))),
-        ("Not readable", _table(sorted(facts.unknown.items()))),
+        ("Not readable", _named(sorted(facts.unknown.items()), width)),
         ("What cannot be seen here, and what would change that", _unseen(plan, width)),
     ]
     return "\n\n".join("\n".join([title, *lines]) for title, lines in sections if lines)
@@ -153,11 +158,35 @@ def _user(facts: Facts) -> str:
 def _plan_rows(plan: Plan) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for event in plan.events:
-        rows.append((event.event, event.rung, event.target or "-", event.reason))
-        rows += [
-            ("", "", f"without {field}", reason) for field, reason in event.missing_fields.items()
-        ]
+        # The first of its hooks, without the kind of program; all are listed below.
+        main = (event.target or "-").partition(", ")[0].rpartition(":")[2]
+        rows.append((event.event, event.rung, main))
+        rows += [("", "", f"without {field}") for field in event.missing_fields]
     return rows
+
+
+def _hows(plan: Plan, width: int) -> list[str]:
+    from ksmtrace.capture.hooks import DERIVED, SITE
+
+    lines = []
+    for event in plan.events:
+        if event.rung in (DERIVED, SITE):
+            lines += _wrapped(f"{event.event}: {event.reason}", width, "  ", "    ")
+    return lines
+
+
+def _programs(plan: Plan, width: int) -> list[str]:
+    hows: dict[str, list[str]] = {}
+    for attachment in plan.attachments:
+        at = f"+{attachment.offset:#x}" if attachment.offset else ""
+        hows.setdefault(f"{attachment.target}{at}", []).append(attachment.how)
+    targets: dict[str, list[str]] = {}
+    for target, how in hows.items():
+        targets.setdefault(", ".join(how), []).append(target)
+    lines = []
+    for ways in sorted(targets):
+        lines += _wrapped(f"{ways}: {', '.join(targets[ways])}", width, "  ", "    ")
+    return lines
 
 
 def _ksm_rows(facts: Facts) -> list[tuple[str, ...]]:
@@ -181,6 +210,14 @@ def _unseen(plan: Plan, width: int) -> list[str]:
         lines += _wrapped(what, width, "  - ", "    ")
         lines += _wrapped(why, width, "    why:    ", "            ")
         lines += _wrapped(change, width, "    change: ", "            ")
+    return lines
+
+
+def _named(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
+    column = max((len(name) for name, _ in rows), default=0) + 4
+    lines = []
+    for name, text in rows:
+        lines += _wrapped(text, width, f"  {name}".ljust(column), " " * column)
     return lines
 
 

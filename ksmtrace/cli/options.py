@@ -33,6 +33,17 @@ class Size(click.ParamType[int]):
         return int(digits) << (self._default_shift if shift is None else shift)
 
 
+without_option = click.option(
+    "--without",
+    metavar="RUNG",
+    multiple=True,
+    type=click.Choice(["tracepoint", "fentry", "kprobe", "inlined site", "derived"]),
+    help="As if this kernel did not offer RUNG (tracepoint, fentry, kprobe, 'inlined site', "
+    "derived): to compare the ways to catch an event. May be repeated.",
+)
+"""The rungs that are not to be taken (:data:`ksmtrace.capture.hooks.RUNGS`)."""
+
+
 class Seconds(click.FloatRange):
     """A number of seconds; neither infinite nor "not a number"."""
 

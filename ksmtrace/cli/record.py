@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ksmtrace.cli.options import Seconds, Size
+from ksmtrace.cli.options import Seconds, Size, without_option
 from ksmtrace.errors import KsmtraceError, UsageError
 from ksmtrace.units import text_bytes, text_count, text_duration, text_signal
 
@@ -52,6 +52,12 @@ _COMMAND_GRACE_S = 5.0
     show_default=True,
     help="Size of the event ring: a power of two.",
 )
+@click.option(
+    "--every-page",
+    is_flag=True,
+    help="Also an event for every page that ksmd looks at, which is only counted otherwise.",
+)
+@without_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress while recording.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON on stdout.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
@@ -61,6 +67,8 @@ def record(
     force: bool,
     interval: float,
     ring: int,
+    every_page: bool,
+    without: tuple[str, ...],
     quiet: bool,
     as_json: bool,
     command: tuple[str, ...],
@@ -79,15 +87,17 @@ def record(
         raise UsageError(f"the command {command[0]!r} is not found", "give it after `--`")
     from ksmtrace.capture.plan import make_plan
     from ksmtrace.capture.session import Capture, CaptureSettings
+    from ksmtrace.capture.sites import find_recipe
     from ksmtrace.kernel.facts import read_facts
     from ksmtrace.recording.format import SUFFIX
     from ksmtrace.recording.writer import RecordingWriter
 
     path = output or Path(time.strftime(f"ksmtrace-%Y%m%d-%H%M%S{SUFFIX}"))
     facts = read_facts()
+    plan = make_plan(facts, find_recipe(facts.kernel.build_id), every_page, without)
     run = _Run(command, duration, quiet, commands_stdout_to_stderr=as_json)
     settings = CaptureSettings(ring_bytes=ring, interval_ns=int(interval * 1e9))
-    with Capture(facts, make_plan(facts), settings, run.until) as capture:
+    with Capture(facts, plan, settings, run.until) as capture:
         writer = RecordingWriter(path, capture.header, force)
         # Only from here on: a signal during the set-up ends it at once, with nothing to keep.
         for number in _STOPPING:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ksmtrace.capture.bcc_backend import Programs
+from ksmtrace.capture.hooks import Attachment
 from ksmtrace.errors import BackendUnavailable
 from ksmtrace.workload.knobs import read_knobs
 
@@ -255,6 +256,10 @@ def test_a_missing_bcc_is_told_of(live, tmp_path):
 # --- programs that cannot be loaded
 
 
+def on_tracepoint(name: str) -> Attachment:
+    return Attachment("raw_tracepoint", name, 0, f"on_{name}")
+
+
 @pytest.mark.parametrize(
     ("source", "tracepoint"),
     [
@@ -270,7 +275,7 @@ def test_programs_that_do_not_load_leave_nothing_attached(live, tmp_path, source
     path.write_text(f'#include "events.h"\nBPF_RINGBUF_OUTPUT(ring, RING_PAGES);\n{source}')
     before = live.nr_programs()
     with pytest.raises(BackendUnavailable) as caught:
-        Programs([tracepoint], {}, 4096, path)
+        Programs([on_tracepoint(tracepoint)], {}, 4096, path)
     assert "\n" not in str(caught.value)
     assert caught.value.hint
     assert live.nr_programs() == before
@@ -279,7 +284,7 @@ def test_programs_that_do_not_load_leave_nothing_attached(live, tmp_path, source
 def test_a_define_that_makes_no_sense_is_refused(live):
     before = live.nr_programs()
     with pytest.raises(BackendUnavailable) as caught:
-        Programs(["ksm_enter"], {"ksm_event": 5}, 4096)
+        Programs([on_tracepoint("ksm_enter")], {"ksm_event": 5}, 4096)
     assert "\n" not in str(caught.value)
     assert live.nr_programs() == before
 
@@ -287,7 +292,7 @@ def test_a_define_that_makes_no_sense_is_refused(live):
 def test_a_tracepoint_attached_before_one_that_fails_is_detached_again(live):
     before = live.nr_programs()
     with pytest.raises(BackendUnavailable):
-        Programs(["ksm_enter", "ksm_nonsense"], {}, 4096)
+        Programs([on_tracepoint("ksm_enter"), on_tracepoint("ksm_nonsense")], {}, 4096)
     assert live.nr_programs() == before
 
 

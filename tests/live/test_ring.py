@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from ksmtrace.capture.bcc_backend import Programs
+from ksmtrace.capture.hooks import Attachment
 from ksmtrace.capture.plan import make_plan
 from ksmtrace.capture.ring import Ring
 from ksmtrace.events import KIND_BY_NUMBER, KINDS, concatenate, of_kind
@@ -13,13 +14,17 @@ pytestmark = [pytest.mark.live, pytest.mark.usefixtures("clean")]
 
 SLOTS = 64
 RING_BYTES = SLOTS * 64
-NAMES = [kind.name for kind in KINDS]
+NAMES = [kind.name for kind in KINDS if kind.has_tracepoint]
+
+
+def attachments(names):
+    return [Attachment("raw_tracepoint", name, 0, f"on_{name}") for name in names]
 
 
 @pytest.fixture
 def attached(live):
     """Programs with a tiny ring, and its consumer's side."""
-    programs = Programs(NAMES, make_plan(read_facts()).defines, RING_BYTES)
+    programs = Programs(attachments(NAMES), make_plan(read_facts()).defines, RING_BYTES)
     ring = Ring(programs.ring_fd, RING_BYTES)
     yield programs, ring
     ring.close()
@@ -89,7 +94,7 @@ def test_taking_few_at_a_time_takes_the_same_events(live, attached):
 
 
 def test_batches_outlive_the_ring(live):
-    programs = Programs(["ksm_enter"], make_plan(read_facts()).defines, RING_BYTES)
+    programs = Programs(attachments(["ksm_enter"]), make_plan(read_facts()).defines, RING_BYTES)
     ring = Ring(programs.ring_fd, RING_BYTES)
     with live.holding(*live.workload("unique", "--pages", "1")):
         taken = ring.drain()

@@ -6,15 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ksmtrace.capture.hooks import COUNTS
 from ksmtrace.events import (
     BODY,
     EVENT_DTYPE,
+    FLAG_MEANING,
     HEAD,
     KIND_BY_NAME,
     KINDS,
     NR_KINDS,
     PAYLOAD_BYTES,
+    SEARCH_OUTCOME_MEANING,
     SLOT_BYTES,
+    EventFlag,
+    SearchOutcome,
     c_header,
     concatenate,
     markdown,
@@ -63,11 +68,34 @@ def test_no_two_fields_of_one_kind_overlap(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_every_kind_has_its_program(kind):
+def test_every_tracepoint_has_its_program(kind):
     source = (ROOT / "bpf/ksm.c").read_text()
     program = re.search(rf"^int on_{kind.name}\(.*?^}}", source, re.S | re.M)
-    assert program is not None
-    assert f"begin({kind.name.upper()})" in program[0]
+    assert (program is not None) is kind.has_tracepoint
+    assert program is None or f"begin({kind.name.upper()})" in program[0]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_fields_are_declared_once_each(kind):
+    declared = {field.name for field in (*HEAD, *BODY)}
+    assert set(kind.body) <= declared
+    assert len(set(kind.body)) == len(kind.body)
+
+
+def test_every_field_of_the_body_is_some_kinds():
+    assert {field.name for field in BODY} <= {name for kind in KINDS for name in kind.body}
+
+
+def test_flags_are_single_bits_and_explained():
+    assert set(FLAG_MEANING) == set(EventFlag)
+    assert all(flag.value & (flag.value - 1) == 0 for flag in EventFlag)
+    assert max(EventFlag) < 1 << 8 * EVENT_DTYPE["flags"].itemsize
+
+
+def test_outcomes_are_explained_and_counted_in_their_order():
+    assert set(SEARCH_OUTCOME_MEANING) == set(SearchOutcome)
+    counted = [name for name in COUNTS if name.startswith("stable_tree_search.")]
+    assert counted == [f"stable_tree_search.{outcome.name.lower()}" for outcome in SearchOutcome]
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -98,10 +126,13 @@ def test_concatenate_keeps_bytes_and_order(counts):
 
 
 def test_of_kind_keeps_the_order_of_one_and_of_several_kinds():
-    made = events(50)
+    count = 6 * (NR_KINDS - 1)
+    made = events(count)
     one = of_kind(made, "ksm_enter")
-    assert set(one["kind"]) == {KIND_BY_NAME["ksm_enter"].number}
-    assert list(one["ts_ns"]) == [2, 11, 20, 29, 38, 47]
+    number = KIND_BY_NAME["ksm_enter"].number
+    assert set(one["kind"]) == {number}
+    assert list(one["ts_ns"]) == list(range(number - 1, count, NR_KINDS - 1))
+    assert len(one) == 6
     two = of_kind(made, "ksm_exit", "ksm_enter")
     assert list(two["ts_ns"]) == sorted([*one["ts_ns"], *of_kind(made, "ksm_exit")["ts_ns"]])
     assert len(of_kind(no_events(), "ksm_exit")) == 0

@@ -3,6 +3,7 @@ import dataclasses
 import errno
 import functools
 import gc
+import json
 import os
 import shutil
 import stat
@@ -26,7 +27,7 @@ from ksmtrace.errors import (
     UsageError,
 )
 from ksmtrace.events import EVENT_DTYPE, KINDS, PAYLOAD_BYTES
-from ksmtrace.recording.format import BATCH_EVENTS, FORMAT_VERSION, VERSION_KEY
+from ksmtrace.recording.format import BATCH_EVENTS, FORMAT_VERSION, KINDS_KEY, VERSION_KEY
 from ksmtrace.recording.reader import RecordingReader
 from ksmtrace.recording.writer import RecordingWriter
 from ksmtrace.stream import Batch, CounterSample, Header, Losses, ProcessSeen, Trailer
@@ -42,6 +43,9 @@ SAMPLE = CounterSample(
 SEEN = ProcessSeen(3, 4, 1 << 62, 1, 'né\n"q', "/a/b", None, "proc")
 NAMELESS = ProcessSeen(3, 5, None, None, None, None, "guest-1", "event")
 LOSSES = Losses(6, {"ksm_enter": 7}, {"ksm_enter": 2})
+COUNTED = Losses(
+    7, {}, {}, {"cmp_and_merge_page": 1 << 60}, {"search_nodes": [0, 5]}, {"break_ksm": [3, None]}
+)
 TRAILER = Trailer(8, {"ksm_enter": 5}, "interrupted", -11, ["a notice"])
 
 
@@ -127,7 +131,7 @@ def reduced(tmp_path_factory) -> Path:
 # --- what is written comes back
 
 
-@pytest.mark.parametrize("item", [SAMPLE, SEEN, NAMELESS, LOSSES, TRAILER])
+@pytest.mark.parametrize("item", [SAMPLE, SEEN, NAMELESS, LOSSES, COUNTED, TRAILER])
 def test_every_kind_of_item_comes_back(tmp_path, item):
     reader = RecordingReader(write(tmp_path / "f", [item]))
     assert list(reader) == [item]
@@ -146,7 +150,7 @@ def test_batches_of_every_size_come_back(tmp_path, count):
 
 
 ITEMS = st.one_of(
-    st.sampled_from([SAMPLE, SEEN, NAMELESS, LOSSES]),
+    st.sampled_from([SAMPLE, SEEN, NAMELESS, LOSSES, COUNTED]),
     st.tuples(st.integers(0, 300), st.integers(0, 9)).map(lambda made: Batch(make_events(*made))),
     st.builds(
         ProcessSeen,
@@ -506,7 +510,15 @@ def test_every_field_of_the_header_comes_back(tmp_path):
     assert RecordingReader(tmp_path / "f").header == changed
 
 
-def test_the_schema_names_the_kinds_so_that_others_can_read_the_file():
-    metadata = pa.ipc.open_stream((GOLDENS / "cow.ksmt").read_bytes()).schema.metadata
+def test_the_schema_names_the_kinds_so_that_others_can_read_the_file(tmp_path):
+    write(tmp_path / "f", [TRAILER])
+    metadata = pa.ipc.open_stream((tmp_path / "f").read_bytes()).schema.metadata
     assert metadata is not None
-    assert all(kind.name.encode() in metadata[b"ksmtrace_kinds"] for kind in KINDS)
+    named = [(kind["number"], kind["name"]) for kind in json.loads(metadata[KINDS_KEY])]
+    assert named == [(kind.number, kind.name) for kind in KINDS]
+
+
+def test_a_recording_made_before_counts_were_kept_has_none():
+    losses = [item for item in RecordingReader(GOLDENS / "cow.ksmt") if isinstance(item, Losses)]
+    assert losses
+    assert {(*item.counted, *item.histograms, *item.calls) for item in losses} == {()}
