@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from ksmtrace.analysis.merges import find_merges, find_zero_merges
-from ksmtrace.analysis.recorded import Recorded
-from ksmtrace.events import Events, of_kind
+from ksmtrace.analysis.recorded import Recorded, has_flag
+from ksmtrace.analysis.sharers import JOINS_AND_LEAVES
+from ksmtrace.capture.hooks import DERIVED
+from ksmtrace.events import KIND_BY_NAME, EventFlag, Events, of_kind
 from ksmtrace.stream import CounterSample, Scalar
 
 # ksmd counts a merge some time after its event: an append waits for the page lock between.
@@ -21,6 +24,7 @@ _ONE_BY_ONE = (
     "ksm_merge_with_ksm_page",
     "ksm_remove_ksm_page",
     "ksm_remove_rmap_item",
+    *JOINS_AND_LEAVES,
 )
 
 EXACT = "exact"
@@ -57,16 +61,41 @@ class Entry:
     why: str
 
 
+@dataclass(frozen=True)
+class _Rule:
+    """What is said of one counter.
+
+    Attributes:
+        counter: its name.
+        say: what its change should be.
+        unsure: by how much the samples may miss that, because of what happened meanwhile.
+        because: what that is; the verdict is then unknown.
+        rule: in words.
+        if_less, if_more: what explains a counter that is below or above; None where nothing can.
+        by_events: whether lost events make it unknown.
+    """
+
+    counter: str
+    say: int
+    unsure: int
+    because: str
+    rule: str
+    if_less: str | None = None
+    if_more: str | None = None
+    by_events: bool = True
+
+
 def balance(recorded: Recorded) -> list[Entry]:
     """Compare every counter of /sys/kernel/mm/ksm and vmstat with the events.
 
-    Only events between the first and the last sample count. Returns an empty list where there
-    are no two samples.
+    Only what happened between the first and the last sample counts. Returns an empty list where
+    there are no two samples.
     """
     if len(recorded.samples) < 2:
         return []
     first, last = recorded.samples[0], recorded.samples[-1]
-    entries = [_judge(recorded, first, last, *rule) for rule in _say(recorded, first, last)]
+    rules = [*_event_rules(recorded, first, last), *_count_rules(recorded, first, last)]
+    entries = [_judge(recorded, first, last, rule) for rule in rules]
     judged = {entry.counter for entry in entries}
     for name in first.ksm:
         if name not in judged:
@@ -76,98 +105,184 @@ def balance(recorded: Recorded) -> list[Entry]:
     return entries
 
 
-_Rule = tuple[str, int, int, str, str | None, str | None]
+@dataclass(frozen=True)
+class _Moves:
+    """What the events say of one counter: by how much it moved when; both of shape (n,)."""
+
+    ts_ns: npt.NDArray[np.uint64]
+    by: npt.NDArray[np.int64]
 
 
-def _say(recorded: Recorded, first: CounterSample, last: CounterSample) -> Iterable[_Rule]:
-    """Yield per counter what the events say: (name, delta, unsure, rule, if less, if more).
+def _moves(*signed: tuple[Events, int | npt.NDArray[np.int64]]) -> _Moves:
+    """Join groups of events, each with the move that every one of its events stands for."""
+    return _Moves(
+        np.concatenate([events["ts_ns"] for events, _ in signed]),
+        np.concatenate([np.broadcast_to(np.int64(by), len(events)) for events, by in signed]),
+    )
 
-    ``unsure`` counts the events so near to a sample that it may or may not hold them; ``if
-    less`` and ``if more`` explain a counter that is below or above, None where it cannot be.
-    """
-    merges = find_merges(recorded)
-    appended = merges.events[merges.appended]
-    pairs = merges.events[merges.pairs]
-    freed = of_kind(recorded.events, "ksm_remove_ksm_page")
-    removed = of_kind(recorded.events, "ksm_remove_rmap_item")
-    zero, zero_ok = find_zero_merges(recorded)
 
+def _event_rules(recorded: Recorded, first: CounterSample, last: CounterSample) -> Iterator[_Rule]:
+    """Yield what the events say."""
     windows = [unsure_window(recorded, sample) for sample in (first, last)]
 
-    def inside(*groups: Events) -> tuple[list[int], int]:
-        counts = [_between(group, first.end_ns, last.begin_ns) for group in groups]
-        unsure = sum(_between(group, *window) for group in groups for window in windows)
-        return counts, unsure
+    def rule(
+        counter: str, moves: _Moves, why: str, if_less: str | None, if_more: str | None
+    ) -> _Rule:
+        near = [moves.by[_within(moves.ts_ns, *window)] for window in windows]
+        return _Rule(
+            counter,
+            say=int(moves.by[_within(moves.ts_ns, first.end_ns, last.begin_ns)].sum()),
+            unsure=sum(int(np.abs(by).sum()) for by in near),
+            because="events that happened while a sample was taken: {}",
+            rule=why,
+            if_less=if_less,
+            if_more=if_more,
+        )
 
     if recorded.can_see("ksm_stop_scan"):
-        (stops,), unsure = inside(of_kind(recorded.events, "ksm_stop_scan"))
-        yield (
-            "full_scans",
-            stops,
-            unsure,
-            "one per ksm_stop_scan (mm/ksm.c:scan_get_next_rmap_item)",
-            "reset to 0 by run=2" if _value(last, "full_scans") <= stops else None,
-            None,
-        )
-    if recorded.can_see("ksm_merge_with_ksm_page", "ksm_remove_ksm_page"):
-        (made, gone), unsure = inside(pairs, freed)
-        yield (
-            "pages_shared",
-            made - gone,
-            unsure,
-            "new pairs, minus nodes freed",
-            "nodes whose last sharer left singly and that are not freed yet",
-            "nodes freed now that had lost their last sharer before the recording",
-        )
-    if recorded.can_see("ksm_merge_with_ksm_page", "ksm_remove_rmap_item"):
-        (sharers, made, gone), unsure = inside(appended, pairs, removed)
-        yield (
-            "pages_sharing",
-            sharers - made - gone,
-            unsure,
-            "pages merged, minus new pairs, minus sharers removed with their node",
-            "sharers that left singly (COW, unmap, unmerge, exit): no event, so this many",
-            None,
-        )
+        passes = _moves((of_kind(recorded.events, "ksm_stop_scan"), 1))
+        why = "one per ksm_stop_scan (mm/ksm.c:scan_get_next_rmap_item)"
+        full_scans = rule("full_scans", passes, why, None, None)
+        reset = _value(last, "full_scans") <= full_scans.say
+        yield replace(full_scans, if_less="reset to 0 by run=2" if reset else None)
+    if recorded.can_see(*JOINS_AND_LEAVES):
+        shared, sharing = _joins_and_leaves(recorded)
+        why = "every join and leave of a sharer has an event"
+        yield rule("pages_shared", shared, why, None, None)
+        yield rule("pages_sharing", sharing, why, None, None)
+    else:
+        yield from (rule(*said) for said in _by_tracepoints(recorded))
     if recorded.can_see("ksm_merge_one_page"):
-        (made,), unsure = inside(zero[zero_ok])
-        yield (
+        zero, zero_ok = find_zero_merges(recorded)
+        yield rule(
             "ksm_zero_pages",
-            made,
-            unsure,
+            _moves((zero[zero_ok], 1)),
             "pages replaced by the zero page",
             "zero pages unmapped or written to since: no event, so at least this many",
             "zero pages that forks took over",
         )
 
 
-def _judge(
+def _joins_and_leaves(recorded: Recorded) -> tuple[_Moves, _Moves]:
+    """Return the moves of pages_shared and pages_sharing, by the functions that make them.
+
+    mm/ksm.c:stable_tree_append counts a node's first sharer in pages_shared and every other one
+    in pages_sharing; remove_rmap_item_from_tree and remove_node_from_stable_tree take them off
+    again. What is removed from a node that turned out stale is among the node's own sharers.
+    """
+    appended = of_kind(recorded.events, "stable_tree_append")
+    first = has_flag(appended, EventFlag.FIRST_SHARER)
+    removed = of_kind(recorded.events, "remove_rmap_item_from_tree")
+    removed = removed[~has_flag(removed, EventFlag.NODE_FREED)]
+    last = has_flag(removed, EventFlag.LAST_SHARER)
+    freed = of_kind(recorded.events, "remove_node_from_stable_tree")
+    # A chain has STABLE_NODE_CHAIN (-1024) there; chains are freed elsewhere.
+    sharers = np.maximum(freed["sharers"].astype(np.int64), 0)
+    shared = _moves((appended[first], 1), (removed[last], -1), (freed, -np.minimum(sharers, 1)))
+    sharing = _moves(
+        (appended[~first], 1), (removed[~last], -1), (freed, -np.maximum(sharers - 1, 0))
+    )
+    return shared, sharing
+
+
+def _by_tracepoints(
     recorded: Recorded,
-    first: CounterSample,
-    last: CounterSample,
-    name: str,
-    say: int,
-    unsure: int,
-    rule: str,
-    if_less: str | None,
-    if_more: str | None,
-) -> Entry:
-    entry = _sampled(name, first.ksm.get(name), last.ksm.get(name))
+) -> Iterator[tuple[str, _Moves, str, str | None, str | None]]:
+    """Yield what the tracepoints say, which leave out what happens to sharers one by one."""
+    merges = find_merges(recorded)
+    pairs = merges.events[merges.pairs]
+    if recorded.can_see("ksm_merge_with_ksm_page", "ksm_remove_ksm_page"):
+        yield (
+            "pages_shared",
+            _moves((pairs, 1), (of_kind(recorded.events, "ksm_remove_ksm_page"), -1)),
+            "new pairs, minus nodes freed",
+            "nodes whose last sharer left singly and that are not freed yet",
+            "nodes freed now that had lost their last sharer before the recording",
+        )
+    if recorded.can_see("ksm_merge_with_ksm_page", "ksm_remove_rmap_item"):
+        removed = of_kind(recorded.events, "ksm_remove_rmap_item")
+        yield (
+            "pages_sharing",
+            _moves((merges.events[merges.appended], 1), (pairs, -1), (removed, -1)),
+            "pages merged, minus new pairs, minus sharers removed with their node",
+            "sharers that left singly (COW, unmap, unmerge, exit): no event, so this many",
+            None,
+        )
+
+
+_COUNTED: Mapping[str, tuple[str, str, str]] = {
+    "pages_scanned": (
+        "cmp_and_merge_page",
+        "one per cmp_and_merge_page (mm/ksm.c:ksm_do_scan)",
+        "pages that ksmd found and had no memory for an rmap_item of",
+    ),
+    "pages_skipped": (
+        "smart_scan_skips",
+        "one per page that should_skip_rmap_item let pass",
+        "",
+    ),
+}
+
+
+def _count_rules(recorded: Recorded, first: CounterSample, last: CounterSample) -> Iterator[_Rule]:
+    """Yield what the kernel-side counts say, which were read a moment after each sample."""
+    after_first, after_last = recorded.tallies_after(first), recorded.tallies_after(last)
+    if after_first is None or after_last is None:
+        return
+    before_last = recorded.tallies_after(recorded.samples[-2]) or after_first
+    at_first = _may_scan(recorded, first.begin_ns, after_first.ts_ns)
+    at_last = _may_scan(recorded, last.begin_ns, after_last.ts_ns)
+    derived = recorded.rung("cmp_and_merge_page") == DERIVED
+    for counter, (name, why, if_less) in _COUNTED.items():
+        if name not in after_last.counted:
+            continue
+        # What ksmd did between a sample and the reading of the counts after it is at most what
+        # it did until the next sample, or since the last reading. One page more, as a look is
+        # counted when it begins, and in the file when it is over.
+        until_next = _value(recorded.samples[1], counter) - _value(first, counter) + 1
+        since_last = after_last.counted[name] - before_last.counted.get(name, 0) + 1
+        yield _Rule(
+            counter,
+            say=after_last.counted[name] - after_first.counted.get(name, 0),
+            unsure=max(until_next * at_first, since_last * at_last),
+            because="pages that ksmd may have looked at between a sample and its count: {}",
+            rule=why,
+            if_less=if_less if derived and if_less else None,
+            by_events=False,
+        )
+
+
+def _may_scan(recorded: Recorded, begin_ns: int, end_ns: int) -> bool:
+    """Say whether ksmd may have looked at pages in that time: only a pass does."""
+    if not recorded.can_see("ksm_start_scan", "ksm_stop_scan"):
+        return True
+    marks = of_kind(recorded.events, "ksm_start_scan", "ksm_stop_scan")
+    if _within(marks["ts_ns"], begin_ns - _SKEW_NS, end_ns).any():
+        return True
+    before = marks[marks["ts_ns"] < begin_ns]
+    stop = KIND_BY_NAME["ksm_stop_scan"].number
+    return not len(before) or bool(before["kind"][-1] != stop)
+
+
+def _judge(recorded: Recorded, first: CounterSample, last: CounterSample, rule: _Rule) -> Entry:
+    entry = _sampled(rule.counter, first.ksm.get(rule.counter), last.ksm.get(rule.counter))
     if entry.delta is None:
         return entry
-    difference = entry.delta - say
-    explanation = if_less if difference < 0 else if_more
-    if sum(recorded.lost().values()):
+    difference = entry.delta - rule.say
+    explanation = rule.if_less if difference < 0 else rule.if_more
+    if rule.by_events and any(recorded.lost().values()):
         verdict, why = UNKNOWN, "events were lost"
     elif difference == 0:
-        verdict, why = EXACT, rule
-    elif abs(difference) <= unsure:
-        verdict, why = UNKNOWN, f"{unsure} events happened while a sample was taken"
+        verdict, why = EXACT, rule.rule
+    elif abs(difference) <= rule.unsure:
+        verdict, why = UNKNOWN, rule.because.format(rule.unsure)
     elif explanation is not None:
         verdict, why = EXPLAINED, explanation
     else:
-        verdict, why = CONTRADICTION, f"mm/ksm.c allows no such difference: {rule}"
-    return Entry(name, entry.first, entry.last, entry.delta, say, difference, verdict, why)
+        verdict, why = CONTRADICTION, f"mm/ksm.c allows no such difference: {rule.rule}"
+    return Entry(
+        rule.counter, entry.first, entry.last, entry.delta, rule.say, difference, verdict, why
+    )
 
 
 def _sampled(name: str, first: Scalar, last: Scalar) -> Entry:
@@ -194,6 +309,6 @@ def unsure_window(recorded: Recorded, sample: CounterSample) -> tuple[int, int]:
     return begin_ns, sample.end_ns + _SKEW_NS
 
 
-def _between(events: Events, begin_ns: int, end_ns: int) -> int:
-    times = events["ts_ns"]
-    return int(np.count_nonzero((times >= begin_ns) & (times <= end_ns)))
+def _within(ts_ns: npt.NDArray[np.uint64], begin_ns: int, end_ns: int) -> npt.NDArray[np.bool_]:
+    within: npt.NDArray[np.bool_] = (ts_ns >= begin_ns) & (ts_ns <= end_ns)
+    return within

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 
 from ksmtrace.analysis.books import CONTRADICTION, Entry
+from ksmtrace.analysis.calls import Calls
 from ksmtrace.analysis.merges import Merges
+from ksmtrace.analysis.migrations import Migrations
 from ksmtrace.analysis.recorded import Recorded
 from ksmtrace.units import text_bytes, text_duration
 
@@ -14,13 +18,32 @@ _LEAST_ATTEMPTS = 100
 _BAD_SUCCESS_RATE = 0.5
 
 
-def find(recorded: Recorded, merges: Merges, passes: pd.DataFrame, books: list[Entry]) -> list[str]:
+def find(
+    recorded: Recorded,
+    merges: Merges,
+    passes: pd.DataFrame,
+    books: list[Entry],
+    calls: Mapping[str, Calls] | None,
+    migrations: Migrations | None,
+) -> list[str]:
     """List what a person should know first, the most pressing first."""
     findings = [
         f"{entry.counter} moved by {entry.delta}, but the events say {entry.events_say}, and "
         "mm/ksm.c allows no such difference: a fault of the kernel, or of ksmtrace"
         for entry in books
         if entry.verdict == CONTRADICTION
+    ]
+    if migrations is not None and migrations.left_behind:
+        findings.append(
+            f"{migrations.left_behind} of {migrations.pages} KSM pages moved without their "
+            "stable_node: kpfn is not the new frame's, so ksmd will take the node for stale"
+        )
+    findings += [
+        f"{name} was entered {call.entered} times and returned {call.returned} times: "
+        f"{call.missed} calls are missing in what its exit tells (a kretprobe has no more than a "
+        "few calls at a time in view)"
+        for name, call in (calls or {}).items()
+        if call.missed
     ]
     if not recorded.samples:
         return [*findings, "no sample of the kernel's counters is in the recording"]
@@ -45,7 +68,7 @@ def find(recorded: Recorded, merges: Merges, passes: pd.DataFrame, books: list[E
     if attempts >= _LEAST_ATTEMPTS and merged < attempts * _BAD_SUCCESS_RATE:
         findings.append(
             f"only {merged} of {attempts} attempts to merge succeeded: pages that are pinned "
-            "(O_DIRECT, VFIO), locked or changing. This kernel's tracepoints do not tell which"
+            "(O_DIRECT, VFIO), locked or changing. The kernel's answer does not tell which"
         )
     durations = passes["duration_ns"].dropna()
     if len(durations) and durations.median() > _LONG_PASS_NS:
@@ -60,6 +83,8 @@ def find(recorded: Recorded, merges: Merges, passes: pd.DataFrame, books: list[E
 def _no_pass(recorded: Recorded) -> str:
     first, last = recorded.samples[0].ksm, recorded.samples[-1].ksm
     scanned = int(last.get("pages_scanned") or 0) - int(first.get("pages_scanned") or 0)
+    if last.get("pages_scanned") is None and recorded.losses:
+        scanned = recorded.losses[-1].counted.get("cmp_and_merge_page", 0)
     if scanned:
         return (
             f"no pass began or ended, but {scanned} pages were scanned: one pass is longer than "

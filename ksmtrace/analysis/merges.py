@@ -1,4 +1,4 @@
-"""What became of each attempt to merge a page, as far as the tracepoints tell."""
+"""What became of each attempt to merge a page, as far as the events tell."""
 
 from __future__ import annotations
 
@@ -10,10 +10,17 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from ksmtrace.analysis.recorded import Recorded
-from ksmtrace.events import Events, of_kind
+from ksmtrace.analysis.addresses import Places, next_place, places_of
+from ksmtrace.analysis.recorded import Recorded, has_flag
+from ksmtrace.events import KIND_BY_NAME, EventFlag, Events, of_kind
 
 Mask = npt.NDArray[np.bool_]
+
+# What ksmd does when it is through with a page: break_cow, the next page, the pass's end.
+_GOES_ON = (
+    *("break_ksm", "cmp_and_merge_page", "ksm_merge_one_page"),
+    *("ksm_start_scan", "ksm_stop_scan"),
+)
 
 
 @dataclass(frozen=True)
@@ -27,14 +34,16 @@ class Merges:
 
     Attributes:
         events: the events in order, shape (n,).
-        appended: the page became a sharer of a stable node (mm/ksm.c:stable_tree_append). An
-            allocation failure in stable_tree_insert, which undoes both pages, has no event.
+        places: where they are among the recording's events, shape (n,).
+        appended: the page became a sharer of a stable node (mm/ksm.c:stable_tree_append).
         pairs: second steps that succeeded: each made one new stable node.
-        undone: first steps whose second failed.
-        open: first steps that nothing follows: their outcome is unknown.
+        undone: steps that succeeded and that break_cow undid: a first step whose second failed,
+            or both where mm/ksm.c:stable_tree_insert had no memory.
+        open: steps that succeeded, and the recording does not tell what followed.
     """
 
     events: Events
+    places: Places
     appended: Mask
     pairs: Mask
     undone: Mask
@@ -49,8 +58,7 @@ class Merges:
     def by_reason(self) -> dict[str, int]:
         """Count the attempts that did not end in a merged page, per reason.
 
-        Reasons are errno names, ``undone`` (first step of a pair whose second failed) and
-        ``open`` (first step whose second is not in the recording).
+        Reasons are errno names, ``undone`` and ``open``.
         """
         numbers, counts = np.unique(self.events["err"][self.failed], return_counts=True)
         reasons = {
@@ -66,25 +74,79 @@ class Merges:
 # Several tables of one report need it.
 @functools.lru_cache(maxsize=1)
 def find_merges(recorded: Recorded) -> Merges:
-    """Tell the outcome of every attempt."""
-    events = of_kind(recorded.events, "ksm_merge_with_ksm_page")
+    """Tell the outcome of every attempt: by stable_tree_append's events, where there are any."""
+    places = places_of(recorded.events, "ksm_merge_with_ksm_page")
+    merges = infer_outcomes(recorded.events[places], places)
+    lost = recorded.lost()
+    if recorded.can_see("stable_tree_append") and not any(
+        lost.get(name) for name in ("ksm_merge_with_ksm_page", "stable_tree_append")
+    ):
+        return _by_appends(recorded.events, merges)
+    return merges
+
+
+def infer_outcomes(events: Events, places: Places) -> Merges:
+    """Tell the outcome of every attempt by the attempts alone.
+
+    The two steps of a pair follow each other. An allocation failure in stable_tree_insert, which
+    undoes both pages, cannot be seen: such pages count as merged.
+    """
     ok = events["err"] == 0
     first_step = events["ksm_page"] == 0
     begun = first_step & ok
-    ends_pair = np.zeros(len(events), bool)  # this event is the second step of the one before
-    ends_pair[1:] = begun[:-1] & ~first_step[1:] & (events["pfn"][1:] == events["pfn"][:-1])
-    followed = np.zeros(len(events), bool)
-    followed[:-1] = ends_pair[1:]
-    pairs = ends_pair & ok
-    kept = np.zeros(len(events), bool)
-    kept[:-1] = pairs[1:]
+    pairs = _ends_pair(events) & ok
+    followed = _before(_ends_pair(events))
+    kept = _before(pairs)
     return Merges(
         events=events,
+        places=places,
         appended=(~first_step & ok) | (begun & kept),
         pairs=pairs,
         undone=begun & followed & ~kept,
         open=begun & ~followed,
     )
+
+
+def _by_appends(events: Events, inferred: Merges) -> Merges:
+    """Tell the outcomes by whether stable_tree_append is the next that is told of an rmap_item."""
+    attempts = inferred.events
+    ok = attempts["err"] == 0
+    told = places_of(events, "ksm_merge_with_ksm_page", "stable_tree_append")
+    follows = next_place(events, "rmap_item", inferred.places, told)
+    is_append = events["kind"] == KIND_BY_NAME["stable_tree_append"].number
+    appended = ok & np.r_[is_append, False][follows]
+    ends_pair = _ends_pair(attempts)
+    # ksmd appends before it goes on, so that only the recording's last attempt, and the first
+    # step that led to it, can still be about to be appended.
+    last = np.zeros(len(attempts), bool)
+    after = of_kind(events[int(inferred.places[-1]) + 1 :] if len(attempts) else events, *_GOES_ON)
+    last[-1:] = not has_flag(after, EventFlag.IN_KSMD).any()
+    last |= _before(last & ends_pair & ok)
+    unknown = ok & ~appended & (last | inferred.open)
+    return Merges(
+        events=attempts,
+        places=inferred.places,
+        appended=appended,
+        pairs=ends_pair & appended,
+        undone=ok & ~appended & ~unknown,
+        open=unknown,
+    )
+
+
+def _ends_pair(events: Events) -> Mask:
+    """Say per attempt whether it is the second step of the one before."""
+    begun = (events["ksm_page"] == 0) & (events["err"] == 0)
+    ends_pair = np.zeros(len(events), bool)
+    ends_pair[1:] = begun[:-1] & (events["ksm_page"][1:] != 0)
+    ends_pair[1:] &= events["pfn"][1:] == events["pfn"][:-1]
+    return ends_pair
+
+
+def _before(mask: Mask) -> Mask:
+    """Say of each whether it is true of the next one."""
+    before = np.zeros(len(mask), bool)
+    before[:-1] = mask[1:]
+    return before
 
 
 def find_zero_merges(recorded: Recorded) -> tuple[Events, Mask]:
@@ -100,23 +162,31 @@ def df_rates(recorded: Recorded, most_rows: int = 60) -> pd.DataFrame:
         One row per span; the spans are equally long, 1, 2 or 5 times a power of ten, and at most
         ``most_rows``. Columns: ``begin_ns`` (CLOCK_MONOTONIC), ``span_ns``, and the counts
         ``attempts``, ``merged``, ``failed``, ``zero_merged``, ``nodes_freed``,
-        ``sharers_removed`` (with their node), all int64.
+        ``sharers_removed`` (with their node), ``left_singly``, ``migrated``, all int64; those of
+        a kind that was not caught are None throughout.
     """
     begin_ns, end_ns = recorded.header.started_ns, recorded.end_ns()
     span_ns = _span(max(end_ns - begin_ns, 1) / most_rows)
     edges = np.arange(begin_ns, end_ns + span_ns, span_ns, dtype=np.uint64)
     merges = find_merges(recorded)
     zero, zero_ok = find_zero_merges(recorded)
+    freed = of_kind(recorded.events, "ksm_remove_ksm_page")
+    removed = of_kind(recorded.events, "ksm_remove_rmap_item")
+    left = of_kind(recorded.events, "remove_rmap_item_from_tree")
+    left_singly = left[~has_flag(left, EventFlag.NODE_FREED)]
     chosen = {
-        "attempts": merges.events,
-        "merged": merges.events[merges.appended],
-        "failed": merges.events[merges.failed | merges.undone],
-        "zero_merged": zero[zero_ok],
-        "nodes_freed": of_kind(recorded.events, "ksm_remove_ksm_page"),
-        "sharers_removed": of_kind(recorded.events, "ksm_remove_rmap_item"),
+        "attempts": ("ksm_merge_with_ksm_page", merges.events),
+        "merged": ("ksm_merge_with_ksm_page", merges.events[merges.appended]),
+        "failed": ("ksm_merge_with_ksm_page", merges.events[merges.failed | merges.undone]),
+        "zero_merged": ("ksm_merge_one_page", zero[zero_ok]),
+        "nodes_freed": ("ksm_remove_ksm_page", freed),
+        "sharers_removed": ("ksm_remove_rmap_item", removed),
+        "left_singly": ("remove_rmap_item_from_tree", left_singly),
+        "migrated": ("ksm_migrate_page", of_kind(recorded.events, "ksm_migrate_page")),
     }
     columns = {
-        name: np.histogram(events["ts_ns"], bins=edges)[0] for name, events in chosen.items()
+        name: np.histogram(events["ts_ns"], bins=edges)[0] if recorded.can_see(kind) else None
+        for name, (kind, events) in chosen.items()
     }
     return pd.DataFrame({"begin_ns": edges[:-1], "span_ns": span_ns, **columns})
 

@@ -13,12 +13,14 @@ import pandas as pd
 from ksmtrace.analysis.books import unsure_window
 from ksmtrace.analysis.merges import find_merges, find_zero_merges
 from ksmtrace.analysis.recorded import Recorded, has_flag
-from ksmtrace.events import KIND_BY_NAME, KINDS, EventFlag, Events, of_kind
+from ksmtrace.analysis.sharers import Sharers, find_sharers
+from ksmtrace.events import KIND_BY_NAME, KINDS, EventFlag, Events, concatenate, of_kind
 from ksmtrace.stream import CounterSample
 
 _ENTER = KIND_BY_NAME["ksm_enter"].number
 _EXIT = KIND_BY_NAME["ksm_exit"].number
-_WITH_MM = np.array([kind.number for kind in KINDS if "mm" in kind.fields])
+_WITH_MM = np.array([kind.number for kind in KINDS if "mm" in kind.body])
+_COUNTS = ("ksm_merging_pages", "ksm_rmap_items", "ksm_zero_pages")
 
 
 @dataclass
@@ -33,17 +35,21 @@ class Process:
             after the recording, or not visible.
         merged_pages: pages that became sharers of a stable node, by the events.
         failed_attempts: attempts on its pages that failed or were undone.
-        removed_pages: sharers removed together with their node, by the events; the last sharer
-            of a node and single removals have no event.
+        removed_pages: sharers removed together with their node, by the events; a node's last
+            sharer has no event of its own, and is among them where its join was caught.
+        left_singly_pages: sharers that left a node which stayed (COW, unmap, unmerge, exit), as
+            ksmd or an unmerge found out; None where that was not caught.
+        visited_pages: pages of it that ksmd looked at; None where there is no event per page.
         zero_merged_pages: pages replaced by the zero page.
-        first_merging_pages: mm->ksm_merging_pages in the first sample of it, 0 if it entered
-            during the recording, None where unknown.
+        first_merging_pages: mm->ksm_merging_pages in the first sample of it, or as it entered
+            during the recording: 0, but for a forked mm on kernels whose ksm_fork does not reset
+            its copy of the parent's count. None where unknown.
         ksm_merging_pages, ksm_rmap_items, ksm_zero_pages: the kernel's own counts at
             ``counted_ns``: as the mm left, or in the last sample of it. None where unknown.
         counted_by: ``ksm_exit`` or ``sample``, None where unknown.
-        difference: ksm_merging_pages minus what the events say it should be; -N means that N of
-            its pages left singly or as their node's last sharer, which has no event. None where
-            either is unknown or events were lost.
+        difference: ksm_merging_pages minus what the events say it should be. -N means that N of
+            its pages left without an event: singly or as their node's last sharer where that is
+            not caught. None where either is unknown or events were lost.
         shared_with_others_pages: merged pages whose KSM page another process shares as well.
         shared_with: the same by the other process's index in the list.
     """
@@ -58,6 +64,8 @@ class Process:
     merged_pages: int = 0
     failed_attempts: int = 0
     removed_pages: int = 0
+    left_singly_pages: int | None = None
+    visited_pages: int | None = None
     zero_merged_pages: int = 0
     first_merging_pages: int | None = None
     ksm_merging_pages: int | None = None
@@ -82,23 +90,27 @@ def find_processes(recorded: Recorded) -> list[Process]:
     lives = _Lives(recorded.events)
     processes = lives.processes
     merges = find_merges(recorded)
+    sharers = find_sharers(recorded)
     zero, zero_ok = find_zero_merges(recorded)
-    removed = of_kind(recorded.events, "ksm_remove_rmap_item")
     tallied = {
         "merged_pages": merges.events[merges.appended],
         "failed_attempts": merges.events[merges.failed | merges.undone],
-        "removed_pages": removed,
+        "removed_pages": sharers.left_with_node,
         "zero_merged_pages": zero[zero_ok],
     }
+    if recorded.can_see("remove_rmap_item_from_tree"):
+        tallied["left_singly_pages"] = sharers.left_singly
+    if recorded.count("cmp_and_merge_page"):
+        tallied["visited_pages"] = of_kind(recorded.events, "cmp_and_merge_page")
     for attribute, events in tallied.items():
-        counts = np.bincount(lives.of(events), minlength=len(processes))
+        counts = np.bincount(lives.of(_with_mm(events)), minlength=len(processes))
         for process, count in zip(processes, counts, strict=False):
             setattr(process, attribute, int(count))
     _add_samples(recorded, processes)
     _add_exits(recorded, lives)
     if not sum(recorded.lost().values()):
-        _compare(recorded, lives, merges.events[merges.appended], removed)
-    _share(lives, merges.events[merges.appended], of_kind(recorded.events, "ksm_remove_ksm_page"))
+        _compare(recorded, lives, sharers)
+    _share(lives, sharers)
     for process in processes:
         moment = process.counted_ns or process.entered_ns or recorded.end_ns()
         identity = recorded.identity(process.pid, moment) if process.pid else None
@@ -118,7 +130,7 @@ class _Lives:
     """
 
     def __init__(self, events: Events) -> None:
-        with_mm = events[np.isin(events["kind"], _WITH_MM)]
+        with_mm = _with_mm(events[np.isin(events["kind"], _WITH_MM)])
         known = has_flag(with_mm, EventFlag.PID_IS_OWNER)
         self.processes: list[Process] = []
         self._starts: dict[int, tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]] = {}
@@ -157,6 +169,12 @@ class _Lives:
         return rows
 
 
+def _with_mm(events: Events) -> Events:
+    """Leave out the events whose mm could not be read."""
+    known: Events = events[events["mm"] != 0]
+    return known
+
+
 def _by_mm(events: Events) -> Iterator[npt.NDArray[np.int64]]:
     """Yield per mm the indexes of its events, in order."""
     order = np.argsort(events["mm"], kind="stable")
@@ -177,7 +195,8 @@ def _life(mm: int, events: Events, known: npt.NDArray[np.bool_]) -> Process:
     process = Process(pid=int(pids[0]) if len(pids) else None, mm=mm)
     if len(enters) and events["kind"][0] == _ENTER:
         process.entered_ns = int(enters[0])
-        process.first_merging_pages = 0
+        counted = events["flags"][0] & EventFlag.HAS_COUNTS
+        process.first_merging_pages = int(events["ksm_merging_pages"][0]) if counted else 0
     if len(exits):
         process.exited_ns = int(exits[0])
     return process
@@ -195,6 +214,8 @@ def _add_samples(recorded: Recorded, processes: list[Process]) -> None:
             if alive is None:
                 by_pid[pid].append(process)
                 processes.append(process)
+            if not any(isinstance(stat.get(name), int) for name in _COUNTS):
+                continue  # a kernel that does not count by process
             process.ksm_merging_pages = _number(stat.get("ksm_merging_pages"))
             process.ksm_rmap_items = _number(stat.get("ksm_rmap_items"))
             process.ksm_zero_pages = _number(stat.get("ksm_zero_pages"))
@@ -214,18 +235,22 @@ def _alive(candidates: list[Process], sample: CounterSample) -> Process | None:
 
 
 def _add_exits(recorded: Recorded, lives: _Lives) -> None:
+    counts_zero_pages = recorded.has_field("ksm_exit", "ksm_zero_pages")
     exits = of_kind(recorded.events, "ksm_exit")
     for event, row in zip(exits, lives.of(exits), strict=True):
         if event["flags"] & EventFlag.HAS_COUNTS:
             process = lives.processes[row]
             process.ksm_merging_pages = int(event["ksm_merging_pages"])
             process.ksm_rmap_items = int(event["ksm_rmap_items"])
-            process.ksm_zero_pages = int(event["ksm_zero_pages"])
+            if counts_zero_pages:
+                process.ksm_zero_pages = int(event["ksm_zero_pages"])
             process.counted_by = "ksm_exit"
             process.counted_ns = int(event["ts_ns"])
 
 
-def _compare(recorded: Recorded, lives: _Lives, appended: Events, removed: Events) -> None:
+def _compare(recorded: Recorded, lives: _Lives, sharers: Sharers) -> None:
+    appended = _with_mm(sharers.joined)
+    removed = _with_mm(concatenate([sharers.left_singly, sharers.left_with_node]))
     gains, losses = lives.of(appended), lives.of(removed)
     samples = {sample.begin_ns: sample for sample in recorded.samples}
 
@@ -257,23 +282,13 @@ def _compare(recorded: Recorded, lives: _Lives, appended: Events, removed: Event
         process.difference = process.ksm_merging_pages - say
 
 
-def _share(lives: _Lives, appended: Events, freed: Events) -> None:
-    """Find out which processes have merged into the same stable nodes.
-
-    A node is a pfn until that is freed; one that migrated meanwhile counts as two, as the move
-    has no tracepoint here.
-    """
-    if not len(appended):
+def _share(lives: _Lives, sharers: Sharers) -> None:
+    """Find out which processes have merged into the same stable nodes."""
+    known = sharers.joined["mm"] != 0
+    if not known.any():
         return
-    pfn = np.r_[appended["pfn"], freed["pfn"]]
-    ts_ns = np.r_[appended["ts_ns"], freed["ts_ns"]]
-    is_freed = np.r_[np.zeros(len(appended), bool), np.ones(len(freed), bool)]
-    order = np.lexsort((ts_ns, pfn))
-    begins = np.r_[True, (pfn[order][1:] != pfn[order][:-1]) | is_freed[order][:-1]]
-    node = np.empty(len(order), np.int64)
-    node[order] = np.cumsum(begins)
-    rows = lives.of(appended)
-    pairs, counts = np.unique(np.c_[node[: len(appended)], rows], axis=0, return_counts=True)
+    rows = lives.of(sharers.joined[known])
+    pairs, counts = np.unique(np.c_[sharers.nodes[known], rows], axis=0, return_counts=True)
     shares = pd.DataFrame({"node": pairs[:, 0], "row": pairs[:, 1], "pages": counts})
     shares = shares[shares.duplicated("node", keep=False)]
     totals = shares.groupby("row", as_index=False)["pages"].sum()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from ksmtrace.capture.hooks import ABSENT
 from ksmtrace.events import KIND_BY_NAME, KINDS, NR_KINDS, EventFlag, Events, concatenate
 from ksmtrace.stream import (
     Batch,
@@ -46,18 +47,43 @@ class Recorded:
         return int(np.count_nonzero(self.events["kind"] == KIND_BY_NAME[name].number))
 
     def counts(self) -> dict[str, int]:
-        """Count the events of every kind."""
+        """Count the events of every kind that the recording's plan knows.
+
+        A kind that is younger than the recording is left out.
+        """
         counts = np.bincount(self.events["kind"], minlength=NR_KINDS)
-        return {kind.name: int(counts[kind.number]) for kind in KINDS}
+        known = {entry["event"] for entry in self.header.plan}
+        return {kind.name: int(counts[kind.number]) for kind in KINDS if kind.name in known}
 
     def lost(self) -> dict[str, int]:
         """Count per kind the events that found the ring full, as far as the stream tells."""
         return dict(self.losses[-1].dropped) if self.losses else {}
 
+    def rung(self, name: str) -> str:
+        """Return how a kind was caught (:data:`ksmtrace.capture.hooks.RUNGS`).
+
+        A kind that is younger than the recording is absent from it.
+        """
+        return next((e["rung"] for e in self.header.plan if e["event"] == name), ABSENT)
+
     def can_see(self, *names: str) -> bool:
         """Say whether the plan caught all the named kinds on that kernel."""
-        rungs = {entry["event"]: entry["rung"] for entry in self.header.plan}
-        return all(rungs.get(name, "absent") != "absent" for name in names)
+        return all(self.rung(name) != ABSENT for name in names)
+
+    def has_field(self, name: str, field_name: str) -> bool:
+        """Say whether the events of a kind were given that field on that kernel."""
+        entry = next((e for e in self.header.plan if e["event"] == name), None)
+        return entry is not None and field_name not in entry.get("missing_fields", {})
+
+    def only_counted(self, name: str) -> bool:
+        """Say whether a kind was counted and its events were not asked for (--every-page)."""
+        if not KIND_BY_NAME[name].every_page or self.rung(name) == ABSENT:
+            return False
+        return not self.header.settings.get("every_page") and not self.count(name)
+
+    def tallies_after(self, sample: CounterSample) -> Losses | None:
+        """Return the first reading of the kernel-side tallies after a sample, None without one."""
+        return next((losses for losses in self.losses if losses.ts_ns >= sample.end_ns), None)
 
     def why_incomplete(self) -> list[str]:
         """List why the recording does not hold everything that happened; empty if it does."""
@@ -71,7 +97,7 @@ class Recorded:
             reasons.append(f"{total} events found the ring full and are lost ({kinds})")
         if self.trailer is not None:
             produced = self.losses[-1].produced if self.losses else {}
-            missing = sum(produced.values()) - sum(lost.values()) - sum(self.counts().values())
+            missing = sum(produced.values()) - sum(lost.values()) - len(self.events)
             if produced and missing:
                 reasons.append(f"{missing} events are unaccounted for")
             if self.trailer.recorded != self.counts():
@@ -95,6 +121,13 @@ class Recorded:
         before = [seen for seen in known if seen.ts_ns <= ts_ns]
         # An identity read a moment after the event is still the same process's.
         return before[-1] if before else known[0] if known else None
+
+    def name_of(self, pid: int, ts_ns: int) -> str | None:
+        """Return the comm that a pid had at a time; None where nobody knows."""
+        if pid and pid == self.header.facts.get("ksmd_pid"):
+            return "ksmd"
+        seen = self.identity(pid, ts_ns)
+        return seen.comm if seen else None
 
 
 def gather(stream: Stream) -> Recorded:

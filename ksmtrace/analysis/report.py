@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -10,11 +11,16 @@ import pandas as pd
 
 from ksmtrace.analysis import findings
 from ksmtrace.analysis.books import balance
+from ksmtrace.analysis.calls import Calls, find_calls
 from ksmtrace.analysis.merges import df_rates, find_merges, find_zero_merges
+from ksmtrace.analysis.migrations import Migrations, find_migrations
 from ksmtrace.analysis.passes import df_passes
 from ksmtrace.analysis.processes import Process, find_processes
-from ksmtrace.analysis.recorded import Recorded
-from ksmtrace.events import of_kind
+from ksmtrace.analysis.recorded import Recorded, has_flag
+from ksmtrace.analysis.sharers import find_sharers
+from ksmtrace.analysis.unmerges import find_unmerges
+from ksmtrace.analysis.visits import Histogram, Visits, find_visits
+from ksmtrace.events import KINDS, EventFlag, of_kind
 
 
 def make_report(recorded: Recorded) -> dict[str, Any]:
@@ -26,6 +32,10 @@ def make_report(recorded: Recorded) -> dict[str, Any]:
     passes = df_passes(recorded)
     books = balance(recorded)
     processes = find_processes(recorded)
+    visits = find_visits(recorded)
+    calls = find_calls(recorded)
+    unmerges = find_unmerges(recorded)
+    migrations = find_migrations(recorded)
     incomplete = recorded.why_incomplete()
     trailer = recorded.trailer
     sees_merges = recorded.can_see("ksm_merge_with_ksm_page")
@@ -40,22 +50,38 @@ def make_report(recorded: Recorded) -> dict[str, Any]:
         "duration_ns": recorded.end_ns() - recorded.header.started_ns,
         "ended_because": trailer.reason if trailer else None,
         "command_exit_status": trailer.command_exit_status if trailer else None,
-        "findings": findings.find(recorded, merges, passes, books),
-        "events": recorded.counts(),
+        "findings": findings.find(recorded, merges, passes, books, calls, migrations),
+        "events": _events(recorded),
+        "rungs": {kind.name: recorded.rung(kind.name) for kind in KINDS},
         "scans": _scans(recorded, passes),
+        "visits": _visits(visits) if visits else None,
         "merges": _merges(recorded) if sees_merges else None,
-        "removals": _removals(recorded),
+        "removals": _removals(recorded, processes),
+        "unmerges": asdict(unmerges) if unmerges else None,
+        "migrations": _migrations(migrations) if migrations else None,
         "zero_pages": _zero_pages(recorded),
         "trees": _trees(recorded),
         "contention": None,
         "rates": df_rates(recorded).to_dict("records"),
         "processes": [_process(process, processes) for process in processes],
         "counters": [asdict(entry) for entry in books],
+        "calls": {name: _call(call) for name, call in calls.items()} if calls else None,
         "ksmd": _ksmd(recorded),
         "not_visible": [
             {"what": what, "why": why, "would_change": change}
             for what, why, change in recorded.header.unseen
         ],
+    }
+
+
+def _events(recorded: Recorded) -> dict[str, int | None]:
+    """Count per kind; None where it was not caught, or only counted, or is younger."""
+    counts = recorded.counts()
+    return {
+        kind.name: counts.get(kind.name)
+        if recorded.can_see(kind.name) and not recorded.only_counted(kind.name)
+        else None
+        for kind in KINDS
     }
 
 
@@ -91,15 +117,76 @@ def _merges(recorded: Recorded) -> dict[str, Any]:
     }
 
 
-def _removals(recorded: Recorded) -> dict[str, Any]:
+def _removals(recorded: Recorded, processes: list[Process]) -> dict[str, Any]:
     freed = of_kind(recorded.events, "ksm_remove_ksm_page")
     pids, counts = np.unique(freed["pid"], return_counts=True)
     return {
-        "stable_nodes_freed": len(freed),
-        "sharers_removed_with_node": recorded.count("ksm_remove_rmap_item"),
+        "stable_nodes_freed": len(freed) if recorded.can_see("ksm_remove_ksm_page") else None,
+        "sharers_removed_with_node": (
+            recorded.count("ksm_remove_rmap_item")
+            if recorded.can_see("ksm_remove_rmap_item")
+            else None
+        ),
         "freed_by_pid": {str(pid): int(n) for pid, n in zip(pids, counts, strict=True)},
-        "single_removals": None,
+        "single_removals": _single_removals(recorded, processes),
     }
+
+
+def _single_removals(recorded: Recorded, processes: list[Process]) -> dict[str, Any] | None:
+    """Tell of the sharers that left a node which stayed."""
+    if not recorded.can_see("remove_rmap_item_from_tree"):
+        return None
+    left = find_sharers(recorded).left_singly
+    by_pid: Counter[str] = Counter()
+    for process in processes:
+        if process.left_singly_pages:
+            by_pid[str(process.pid)] += process.left_singly_pages
+    return {
+        "sharers": len(left),
+        "last_of_their_node": int(has_flag(left, EventFlag.LAST_SHARER).sum()),
+        "by_pid": dict(by_pid.most_common()),
+    }
+
+
+def _visits(visits: Visits) -> dict[str, Any]:
+    return {
+        "rungs": dict(visits.rungs),
+        "pages": visits.pages,
+        "smart_scan_skips": visits.smart_scan_skips,
+        "searches": visits.searches,
+        "visit_interval_ns": _histogram(visits.interval_ns),
+        "search_nodes": _histogram(visits.search_nodes),
+    }
+
+
+def _histogram(histogram: Histogram | None) -> dict[str, Any] | None:
+    if histogram is None:
+        return None
+    return {
+        "slots": [
+            {"from": first, "below": below, "count": count}
+            for first, below, count in histogram.slots
+        ],
+        "median": list(histogram.median),
+        "p99": list(histogram.p99),
+    }
+
+
+def _call(call: Calls) -> dict[str, Any]:
+    return {
+        "entered": call.entered,
+        "returned": call.returned,
+        "missed": call.missed,
+        "results": call.results,
+        "duration": asdict(call.duration) if call.duration else None,
+    }
+
+
+def _migrations(migrations: Migrations) -> dict[str, Any]:
+    content = asdict(migrations)
+    for mover in content["busiest"]:
+        mover["stable_node"] = f"{mover['stable_node']:#x}"
+    return content
 
 
 def _zero_pages(recorded: Recorded) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from ksmtrace.units import text_bytes, text_count, text_duration, text_signal
 
 _MOST_PASSES = 8
 _MOST_PROCESSES = 20
+_MOST_NAMES = 5
 _BARS = "▁▂▃▄▅▆▇█"
 _PAGE_BYTES = 4096
 
@@ -52,11 +53,16 @@ def _lines(file: Path, content: dict[str, Any], everything: bool) -> Iterator[st
         _findings(content),
         _saved(content),
         _passes(content, everything),
+        _visits(content),
         _merges(content),
         _removals(content),
+        _unmerges(content, everything),
+        _migrations(content, everything),
         _processes(content, everything),
         _sharing(content, everything),
         _counters(content, everything),
+        _calls(content, everything),
+        _events(content),
         _not_visible(content),
     )
     for section in sections:
@@ -71,7 +77,7 @@ def _heading(file: Path, content: dict[str, Any]) -> Iterator[str]:
         f"from {time.strftime('%Y-%m-%d %H:%M:%S', started)}"
     )
     yield f"Recorded by: {shlex.join(content['command_line'])}"
-    total = sum(content["events"].values())
+    total = sum(count or 0 for count in content["events"].values())
     if content["complete"]:
         yield f"COMPLETE: {total:,} events, none lost; ended because: {content['ended_because']}"
     else:
@@ -106,7 +112,8 @@ def _saved(content: dict[str, Any]) -> Iterator[str]:
         f"{'absent' if profit is None else text_bytes(profit)}"
     )
     broken = counters.get("cow_ksm", {}).get("delta")
-    yield f"  copied again on write during the recording (cow_ksm): {_exact(broken)} pages"
+    copied = "absent" if broken is None else f"{broken:,} pages"
+    yield f"  copied again on write during the recording (cow_ksm): {copied}"
     ksmd = content["ksmd"] or {}
     if "cpu_ns" in ksmd:
         share = ksmd["cpu_ns"] / max(ksmd["elapsed_ns"], 1)
@@ -120,7 +127,68 @@ def _saved(content: dict[str, Any]) -> Iterator[str]:
         )
     scanned = counters.get("pages_scanned", {}).get("delta")
     skipped = counters.get("pages_skipped", {}).get("delta")
-    yield f"  pages scanned: {_exact(scanned)}, skipped by smart_scan: {_exact(skipped)}  (sampled)"
+    if scanned is not None or skipped is not None:
+        yield (
+            f"  pages scanned: {_exact(scanned)}, skipped by smart_scan: {_exact(skipped)}  "
+            "(sampled)"
+        )
+
+
+def _visits(content: dict[str, Any]) -> Iterator[str]:
+    visits = content["visits"]
+    if visits is None:
+        yield "PAGE BY PAGE: not visible on this kernel"
+        return
+    rungs = visits["rungs"]
+    if visits["pages"] is None:
+        yield "PAGE BY PAGE: looks at pages are not visible on this kernel"
+    else:
+        yield (
+            f"PAGE BY PAGE: ksmd looked at {visits['pages']:,} pages"
+            f"{_by_rung(rungs['cmp_and_merge_page'])}"
+        )
+    if visits["smart_scan_skips"] is not None:
+        yield f"  {visits['smart_scan_skips']:,} more were skipped by smart_scan"
+    interval = visits["visit_interval_ns"]
+    if interval:
+        low, high = map(text_duration, interval["median"])
+        yield (
+            f"  from one to the next: median {low} to {high}, 99% below "
+            f"{text_duration(interval['p99'][1])} (with ksmd's sleep after each batch)"
+        )
+    searches = visits["searches"]
+    if searches is None:
+        yield "  searches of the stable tree: not visible on this kernel"
+        return
+    outcomes = ", ".join(
+        f"{_OUTCOMES[name]} {count:,}" for name, count in searches.items() if count
+    )
+    yield (
+        f"  {sum(searches.values()):,} searches of the stable tree"
+        f"{_by_rung(rungs['stable_tree_search'])}{f' found: {outcomes}' if outcomes else ''}"
+    )
+    nodes = visits["search_nodes"]
+    if nodes:
+        yield (
+            f"  stable_nodes looked up per search: median {_whole(*nodes['median'])}, 99% at most "
+            f"{nodes['p99'][1] - 1:,}"
+        )
+
+
+_OUTCOMES = {
+    "none": "nothing",
+    "found": "an equal KSM page",
+    "same_page": "the page itself, by a fork",
+    "busy": "a locked one (-EBUSY)",
+}
+
+
+def _by_rung(rung: str | None) -> str:
+    return f" ({rung})" if rung else ""
+
+
+def _whole(low: int, below: int) -> str:
+    return f"{low:,}" if below == low + 1 else f"{low:,} to {below - 1:,}"
 
 
 def _passes(content: dict[str, Any], everything: bool) -> Iterator[str]:
@@ -189,10 +257,10 @@ def _merges(content: dict[str, Any]) -> Iterator[str]:
 
 
 _REASONS = {
-    "EFAULT": "failed with EFAULT: locked, pinned, changing, or unmapped meanwhile; this kernel's "
-    "tracepoints do not tell which",
+    "EFAULT": "failed with EFAULT: locked, pinned, changing, or unmapped meanwhile; the kernel's "
+    "answer does not tell which",
     "undone": "were undone: the first page of a pair whose second one failed",
-    "open": "have no known outcome: the second page of the pair is not in the recording",
+    "open": "have no known outcome: what followed is not in the recording",
 }
 _RATES = (
     ("merged", "merged"),
@@ -200,6 +268,8 @@ _RATES = (
     ("zero_merged", "zero pages"),
     ("nodes_freed", "nodes freed"),
     ("sharers_removed", "sharers removed"),
+    ("left_singly", "left singly"),
+    ("migrated", "moved"),
 )
 
 
@@ -211,14 +281,88 @@ def _removals(content: dict[str, Any]) -> Iterator[str]:
         None,
     )  # fmt: skip
     yield (
-        f"REMOVALS: {removals['stable_nodes_freed']:,} stable nodes freed, "
-        f"{removals['sharers_removed_with_node']:,} sharers removed with them (a node's last "
+        f"REMOVALS: {_exact(removals['stable_nodes_freed'])} stable nodes freed, "
+        f"{_exact(removals['sharers_removed_with_node'])} sharers removed with them (a node's last "
         "sharer has no event)"
     )
+    single = removals["single_removals"]
+    if single is None:
+        yield (
+            "  sharers that left singly (COW, unmap, unmerge, exit): not visible on this kernel; "
+            + (
+                "unknown"
+                if singly is None
+                else f"{singly:,} by the fall of pages_sharing (sampled)"
+            )
+        )
+        return
     yield (
-        "  sharers that left singly (COW, unmap, unmerge, exit): not visible on this kernel; "
-        + ("unknown" if singly is None else f"{singly:,} by the fall of pages_sharing (sampled)")
+        f"  sharers that left singly (COW, unmap, unmerge, exit): {single['sharers']:,}, of which "
+        f"{single['last_of_their_node']:,} were their node's last"
     )
+    names = {str(process["pid"]): _name(process) for process in content["processes"]}
+    most = list(single["by_pid"].items())
+    if most:
+        shown = [f"{names[pid]} ({pid}) {count:,}" for pid, count in most[:_MOST_NAMES]]
+        yield f"  from {', '.join(shown)}{' ...' if len(most) > _MOST_NAMES else ''}"
+
+
+def _unmerges(content: dict[str, Any], everything: bool) -> Iterator[str]:
+    unmerges = content["unmerges"]
+    if unmerges is None:
+        yield "UNMERGING: not visible on this kernel"
+        return
+    if not unmerges["calls"]:
+        yield "UNMERGING: none (no call of break_ksm)"
+        return
+    yield (
+        f"UNMERGING: {unmerges['calls']:,} calls of break_ksm for {unmerges['pages']:,} pages, KSM "
+        "pages or not"
+    )
+    for reason, count in unmerges["failed"].items():
+        yield f"  {count:,} failed with {reason}"
+    if not unmerges["ranges"]:
+        yield (
+            "  this kernel calls it for every address of an area: cow_ksm tells how many pages "
+            "were copied"
+        )
+    for label, rows in (("by", unmerges["by_task"]), ("of", unmerges["by_owner"])):
+        shown = rows if everything else rows[:_MOST_NAMES]
+        names = ", ".join(
+            f"{row['comm'] or 'unknown'} ({row['pid'] or '–'}) {row['pages']:,}" for row in shown
+        )
+        yield f"  {label} {names}{' ...' if len(shown) < len(rows) else ''}"
+
+
+def _migrations(content: dict[str, Any], everything: bool) -> Iterator[str]:
+    migrations = content["migrations"]
+    if migrations is None:
+        yield "MIGRATIONS: not visible on this kernel"
+        return
+    if not migrations["pages"]:
+        yield "MIGRATIONS: none (no KSM page moved)"
+        return
+    behind = migrations["left_behind"]
+    yield (
+        f"MIGRATIONS: {migrations['pages']:,} moves of KSM pages, of "
+        f"{migrations['stable_nodes']:,} stable nodes"
+        + (f"; {behind:,} LEFT THEIR stable_node BEHIND" if behind else "")
+    )
+    routes = [
+        f"{_node(route['from_node'])} to {_node(route['to_node'])}: {route['pages']:,}"
+        for route in migrations["routes"]
+    ]
+    yield f"  {', '.join(routes) or 'page frame numbers are not known here'}"
+    if everything:
+        for mover in migrations["busiest"]:
+            yield (
+                f"  stable_node {mover['stable_node']}: moved {mover['moves']:,}×, last to pfn "
+                f"{mover['pfn']:,}"
+            )
+
+
+def _node(node: int | None) -> str:
+    return "unknown node" if node is None else f"node {node}"
 
 
 def _processes(content: dict[str, Any], everything: bool) -> Iterator[str]:
@@ -238,7 +382,7 @@ def _processes(content: dict[str, Any], everything: bool) -> Iterator[str]:
             _name(p),
             f"{p['merged_pages']:,}",
             f"{p['failed_attempts']:,}",
-            f"{p['removed_pages']:,}",
+            f"{p['removed_pages'] + (p['left_singly_pages'] or 0):,}",
             f"{p['zero_merged_pages']:,}",
             _exact(p["ksm_merging_pages"]),
             {"ksm_exit": "at exit", "sample": "last sample"}.get(p["counted_by"] or "", "–"),
@@ -256,7 +400,7 @@ def _processes(content: dict[str, Any], everything: bool) -> Iterator[str]:
     if any((p["difference"] or 0) < 0 for p in shown):
         yield (
             "  against events: -N of a process's pages left singly or as their node's last sharer, "
-            "which has no event here"
+            "without an event"
         )
 
 
@@ -317,17 +461,60 @@ def _counters(content: dict[str, Any], everything: bool) -> Iterator[str]:
     yield from _indent(render_table(heads, rows, left=(0, 6, 7)))
 
 
+def _calls(content: dict[str, Any], everything: bool) -> Iterator[str]:
+    calls = content["calls"]
+    if calls is None:
+        yield "FUNCTIONS: no programs on any"
+        return
+    yield "FUNCTIONS WITH PROGRAMS"
+    rows = [
+        [
+            name,
+            "–" if call["entered"] is None else f"{call['entered']:,}",
+            "–" if call["returned"] is None else f"{call['returned']:,}",
+            *(
+                text_duration(call["duration"][key]) if call["duration"] else "–"
+                for key in ("median_ns", "p99_ns", "max_ns")
+            ),
+            ", ".join(f"{result}: {count:,}" for result, count in (call["results"] or {}).items())
+            or "–",
+        ]
+        for name, call in calls.items()
+        if everything or call["entered"] or call["returned"]
+    ]
+    if not rows:
+        yield "  none of them ran"
+        return
+    heads = ["function", "entered", "returned", "median", "99% within", "longest", "results"]
+    yield from _indent(render_table(heads, rows, left=(0, 6)))
+
+
+def _events(content: dict[str, Any]) -> Iterator[str]:
+    yield "EVENTS, BY HOW THEY WERE CAUGHT"
+    by_rung: dict[str, list[str]] = {}
+    for name, rung in content["rungs"].items():
+        count = content["events"][name]
+        text = f"{name} {count:,}" if count is not None else f"{name} only counted"
+        by_rung.setdefault(rung, []).append(name if rung == "absent" else text)
+    for rung in sorted(by_rung, key=lambda rung: rung == "absent"):
+        yield from _wrap(f"{rung}: {', '.join(by_rung[rung])}", "  ", "      ")
+
+
+def _wrap(text: str, first: str, following: str) -> list[str]:
+    width = shutil.get_terminal_size((100, 24)).columns
+    return textwrap.wrap(
+        text,
+        width=max(width, 60),
+        initial_indent=first,
+        subsequent_indent=following,
+        break_on_hyphens=False,
+    )
+
+
 def _not_visible(content: dict[str, Any]) -> Iterator[str]:
     yield "NOT VISIBLE ON THIS KERNEL"
-    width = shutil.get_terminal_size((100, 24)).columns
     for gap in content["not_visible"]:
-        yield from textwrap.wrap(
-            f"{gap['what']}: {gap['why']}",
-            width=max(width, 60),
-            initial_indent="  - ",
-            subsequent_indent="      ",
-            break_on_hyphens=False,
-        )
+        yield from _wrap(f"{gap['what']}: {gap['why']}", "  - ", "      ")
 
 
 def _name(process: dict[str, Any]) -> str:

@@ -25,6 +25,86 @@ def test_every_recording_has_a_report_in_text(name):
     assert third.startswith("INCOMPLETE" if name in ("losses", "killed") else "COMPLETE")
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("guest-")])
+def test_a_guests_recording_has_every_section(name):
+    text = run("report", GOLDENS / f"{name}.ksmt").stdout
+    sections = (
+        "WHAT ASKS FOR ACTION", "IS KSM PAYING?", "SCAN PASSES:", "PAGE BY PAGE:", "MERGES:",
+        "REMOVALS:", "UNMERGING:", "MIGRATIONS:", "PROCESSES:", "WHO SHARES WITH WHOM",
+        "COUNTERS, AND WHAT", "FUNCTIONS WITH PROGRAMS", "EVENTS, BY HOW", "NOT VISIBLE",
+    )  # fmt: skip
+    heads = [line for line in text.splitlines()[3:] if line and not line.startswith(" ")]
+    assert len(heads) == len(sections)
+    assert all(head.startswith(section) for head, section in zip(heads, sections, strict=True))
+    assert "nothing found" in text
+    assert "contradiction" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        (
+            "guest-5.10-cow",
+            [
+                "copied again on write during the recording (cow_ksm): absent",
+                "ksmd looked at 424 pages (inlined site)",
+                "(COW, unmap, unmerge, exit): 11, of which 0 were their node's last",
+                "UNMERGING: none (no call of break_ksm)",
+                "MIGRATIONS: none (no KSM page moved)",
+                "  absent: ksm_advisor",
+                "cmp_and_merge_page only counted",
+            ],
+        ),
+        (
+            "guest-6.12-pinned-derived",
+            [
+                "ksmd looked at 160 pages (derived)",
+                "0 more were skipped by smart_scan",
+                "8 failed with EFAULT",
+                "5 were undone",
+                "UNMERGING: 5 calls of break_ksm for 5 pages",
+                "this kernel calls it for every address of an area",
+                "  by ksmd (",
+                "0: 69, EFAULT: 8",
+            ],
+        ),
+        (
+            "guest-7.x-fork-every-page",
+            [
+                "ksmd looked at 505 pages (inlined site)",
+                "found: nothing 14, an equal KSM page 87, the page itself, by a fork 201",
+                "inlined site: cmp_and_merge_page 504, stable_tree_search 302",
+            ],
+        ),
+        (
+            "guest-7.x-moves",
+            [
+                "UNMERGING: 2 calls of break_ksm for 217 pages",
+                "MIGRATIONS: 7 moves of KSM pages, of 5 stable nodes",
+                "  node 0 to node 1: 6, node 1 to node 0: 1",
+            ],
+        ),
+    ],
+)
+def test_a_guests_numbers_are_in_the_text(name, lines):
+    text = run("report", GOLDENS / f"{name}.ksmt").stdout
+    for line in lines:
+        assert line in text, line
+
+
+def test_what_an_old_recording_lacks_is_not_shown_as_zero():
+    text = run("report", GOLDENS / "duplicates.ksmt").stdout
+    for line in (
+        "PAGE BY PAGE: not visible on this kernel",
+        "UNMERGING: not visible on this kernel",
+        "MIGRATIONS: not visible on this kernel",
+        "FUNCTIONS: no programs on any",
+    ):
+        assert line in text, line
+    absent = text[text.index("  absent: ") : text.index("NOT VISIBLE")]
+    assert "break_ksm" in absent and "stable_tree_append" in absent
+
+
 def test_what_is_not_visible_is_listed_and_never_shown_as_zero():
     text = run("report", GOLDENS / "duplicates.ksmt").stdout
     listed = text[text.index("NOT VISIBLE ON THIS KERNEL") :]
