@@ -3,9 +3,7 @@
 Kernels that were not fetched before are fetched, which takes the network and a minute each.
 """
 
-import functools
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,38 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from ksmtrace.errors import CannotRun, LostVM
-from ksmtrace.vm import Kernel, Outcome, VmOptions, find_kernel, run_in_vm
+from ksmtrace.errors import LostVM
+from ksmtrace.vm import Outcome, VmOptions, run_in_vm
 
 pytestmark = pytest.mark.vm
 
-REQUIRED = os.environ.get("KSMTRACE_RUN_KERNEL_TESTS") == "1"
-PROGRAMS = ("qemu-system-x86_64", "busybox")
-
-
-# A kernel that cannot be had is asked for once only: without a network that takes its time.
-@functools.cache
-def available(series: str) -> Kernel | str:
-    for program in PROGRAMS:
-        if shutil.which(program) is None:
-            return f"{program} is not installed"
-    try:
-        return find_kernel(series)
-    except CannotRun as error:
-        return str(error)
-
-
-def kernel_of(series: str) -> Kernel:
-    kernel = available(series)
-    if isinstance(kernel, str):
-        if REQUIRED:
-            pytest.fail(f"KSMTRACE_RUN_KERNEL_TESTS=1 allows no skip: {kernel}")
-        pytest.skip(kernel)
-    return kernel
-
 
 @pytest.mark.parametrize("series", ["5.10", "6.1", "7.x"])
-def test_a_command_in_a_guest(series: str, tmp_path: Path) -> None:
+def test_a_command_in_a_guest(kernel_of, series: str, tmp_path: Path) -> None:
     kernel = kernel_of(series)
     script = (
         "uname -r; pwd; printf '<%s>' \"$@\"; echo to stderr >&2; echo again >/dev/stderr; "
@@ -74,7 +48,7 @@ def test_a_command_in_a_guest(series: str, tmp_path: Path) -> None:
     assert not Path("/etc/ksmtrace-vm-test").exists()
 
 
-def test_ksmtrace_records_in_a_guest(tmp_path: Path) -> None:
+def test_ksmtrace_records_in_a_guest(kernel_of, tmp_path: Path) -> None:
     kernel = kernel_of("6.12")
     recording = tmp_path / "x.ksmt"
     program = str(Path(sys.executable).with_name("ksmtrace"))
@@ -90,7 +64,7 @@ def test_ksmtrace_records_in_a_guest(tmp_path: Path) -> None:
     assert recording.stat().st_size > 0
 
 
-def test_a_panic_is_a_lost_guest_and_no_failing_command() -> None:
+def test_a_panic_is_a_lost_guest_and_no_failing_command(kernel_of) -> None:
     with pytest.raises(LostVM, match="kernel panic: sysrq triggered crash") as lost:
         run_in_vm(
             ["sh", "-c", "echo c >/proc/sysrq-trigger; exit 1"], kernel_of("6.12"), capture=True
@@ -106,7 +80,7 @@ def guests_of(parent: int) -> list[str]:
     return [line for line in listed.stdout.splitlines() if "qemu-system" in line]
 
 
-def test_ctrl_c_and_time_out_reach_the_command(tmp_path: Path) -> None:
+def test_ctrl_c_and_time_out_reach_the_command(kernel_of, tmp_path: Path) -> None:
     kernel_of("6.12")
     program = str(Path(sys.executable).with_name("ksmtrace"))
     script = "trap 'echo interrupted; exit 7' INT; echo ready; sleep 600 & wait"

@@ -1,0 +1,330 @@
+"""Kernel virtual memory, through /proc/kcore: an ELF core file with one PT_LOAD per mapped range.
+
+The ranges are the direct map of each block of RAM, vmemmap (the array of struct page) for it, the
+vmalloc area, the modules, and the kernel's text and data (fs/proc/kcore.c:proc_kcore_init,
+kclist_add_private). Addresses are all that is known here: no structures.
+"""
+
+from __future__ import annotations
+
+import bisect
+import errno
+import mmap
+import os
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ksmtrace.errors import KernelFeatureMissing, KernelInterfaceError, PrivilegeMissing
+from ksmtrace.kernel.files import ROOT
+
+PATH = "proc/kcore"
+
+WORD_BYTES = 8
+
+Words = npt.NDArray[np.uint64]
+
+_ELF_HEADER = struct.Struct("=16sHHIQQQIHHHHHH")
+_PROGRAM_HEADER = struct.Struct("=IIQQQQQQ")
+_IDENT = b"\x7fELF\x02" + (b"\x01" if sys.byteorder == "little" else b"\x02")
+_ET_CORE, _PT_LOAD = 4, 1
+_PAGE_BYTES = mmap.PAGESIZE
+_PAGE_WORDS = _PAGE_BYTES // WORD_BYTES
+
+# A read copies page by page through a buffer in the kernel; longer ones save nothing more.
+_RUN_PAGES = 256
+
+
+class UnmappedAddress(KernelInterfaceError):
+    """An address that no range of the core file has: no kernel pointer, or no longer one.
+
+    Attributes:
+        address: the address.
+    """
+
+    def __init__(self, address: int, path: str) -> None:
+        super().__init__(f"{path} has no address {address:#x}")
+        self.address = address
+
+
+@dataclass(frozen=True, order=True)
+class Segment:
+    """One range of kernel virtual memory.
+
+    Attributes:
+        start: first address.
+        end: first address after it.
+        file_offset: where the range begins in the file, in bytes.
+    """
+
+    start: int
+    end: int
+    file_offset: int
+
+
+def parse_segments(header: bytes, program_headers: bytes, path: str) -> tuple[Segment, ...]:
+    """Parse the loadable segments of an ELF64 core file of this machine's byte order.
+
+    Args:
+        header: the ELF header, 64 bytes.
+        program_headers: the table that the header points to.
+        path: names the file in errors.
+
+    Returns:
+        The segments by address; empty ones are left out.
+
+    Raises:
+        KernelInterfaceError: the bytes are no such file.
+    """
+    _, entry_bytes, count = _parse_header(header, path)
+    if len(program_headers) < entry_bytes * count:
+        raise KernelInterfaceError(f"{path} ends within its program headers")
+    segments = []
+    for at in range(0, entry_bytes * count, entry_bytes):
+        kind, _, offset, start, _, file_bytes, _, _ = _PROGRAM_HEADER.unpack_from(
+            program_headers, at
+        )
+        if kind == _PT_LOAD and file_bytes:
+            segments.append(Segment(start, start + file_bytes, offset))
+    return tuple(sorted(segments))
+
+
+# Returns where the program headers are, the size of one, and their number.
+def _parse_header(header: bytes, path: str) -> tuple[int, int, int]:
+    if len(header) < _ELF_HEADER.size or not header.startswith(_IDENT):
+        raise KernelInterfaceError(f"{path} is no ELF64 file of this machine's byte order")
+    fields = _ELF_HEADER.unpack_from(header)
+    kind, offset, entry_bytes, count = fields[1], fields[5], fields[9], fields[10]
+    if kind != _ET_CORE or entry_bytes < _PROGRAM_HEADER.size:
+        raise KernelInterfaceError(f"{path} is no core file")
+    return offset, entry_bytes, count
+
+
+class Kcore:
+    """An open /proc/kcore.
+
+    Every page is read once and kept until :meth:`forget`, so that pointers are followed at the
+    price of a dict lookup. Kernel memory is read without any lock: pages read one after another
+    need not fit together, and of a range's pages that are not mapped or not RAM (offline, poisoned)
+    the kernel makes zeros (fs/proc/kcore.c:read_kcore, read_kcore_iter).
+
+    Attributes:
+        segments: the mapped ranges, by address.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.segments: tuple[Segment, ...] = ()
+        self._path = path
+        self._fd = -1
+        self._starts: list[int] = []
+        self._pages: dict[int, memoryview] = {}
+        self._attach()
+
+    @classmethod
+    def open(cls, root: Path = ROOT) -> Self:
+        """Open the running kernel's memory.
+
+        Raises:
+            KernelFeatureMissing: this kernel has no /proc/kcore.
+            PrivilegeMissing: it refuses this user (CAP_SYS_RAWIO), or everyone (lockdown).
+            KernelInterfaceError: it is no core file, or reading failed.
+        """
+        return cls(str(root / PATH))
+
+    # Which ranges there are is settled at the opening (fs/proc/kcore.c:open_kcore).
+    def _attach(self) -> None:
+        self.close()
+        path = self._path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            header = os.pread(self._fd, _ELF_HEADER.size, 0)
+            offset, entry_bytes, count = _parse_header(header, path)
+            table = _read_fully(self._fd, entry_bytes * count, offset)
+            self.segments = parse_segments(header, table, path)
+        except OSError as error:
+            self.close()
+            raise _refusal(path, error) from error
+        except BaseException:
+            self.close()
+            raise
+        self._starts = [segment.start for segment in self.segments]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; what was read stays readable."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def forget(self) -> None:
+        """Drop every page, so that the next read sees the memory as it is then.
+
+        Memory that was added or taken out meanwhile changes the ranges, too.
+
+        Raises:
+            CannotRun: as :meth:`open`.
+        """
+        self._pages.clear()
+        self._attach()
+
+    @property
+    def nr_pages(self) -> int:
+        """Count the pages that were read since the last :meth:`forget`."""
+        return len(self._pages)
+
+    def word(self, address: int) -> int:
+        """Read one unsigned 64-bit word.
+
+        Args:
+            address: a multiple of 8.
+
+        Raises:
+            UnmappedAddress: no range has it, or it is not aligned (and so no pointer to one).
+            KernelInterfaceError: reading failed.
+        """
+        page = self._pages.get(address // _PAGE_BYTES)
+        if page is None:
+            page = self._load(address // _PAGE_BYTES, 1)
+        if address % WORD_BYTES:
+            raise UnmappedAddress(address, self._path)
+        word: int = page[address % _PAGE_BYTES // WORD_BYTES]
+        return word
+
+    def content(self, address: int, nr_bytes: int) -> bytes:
+        """Read bytes at any address.
+
+        Raises:
+            UnmappedAddress: no range has one of them.
+            KernelInterfaceError: reading failed.
+        """
+        at = address % WORD_BYTES
+        words = [
+            self.word(position).to_bytes(WORD_BYTES, sys.byteorder)
+            for position in range(address - at, address + nr_bytes, WORD_BYTES)
+        ]
+        return b"".join(words)[at : at + nr_bytes]
+
+    def integer(self, address: int, nr_bytes: int, signed: bool = False) -> int:
+        """Read an integer in the machine's byte order.
+
+        Raises:
+            UnmappedAddress: no range has it.
+            KernelInterfaceError: reading failed.
+        """
+        return int.from_bytes(self.content(address, nr_bytes), sys.byteorder, signed=signed)
+
+    def words(self, addresses: Words, nr_words: int) -> Words:
+        """Read structures at many addresses.
+
+        Args:
+            addresses: multiples of 8, shape (n,), in any order.
+            nr_words: length of each, in words of 8 bytes.
+
+        Returns:
+            Shape (n, nr_words): row i has the words from ``addresses[i]`` on.
+
+        Raises:
+            UnmappedAddress: no range has one of them.
+            KernelInterfaceError: reading failed.
+        """
+        if len(addresses) == 0:
+            return np.zeros((0, nr_words), np.uint64)
+        if (addresses % np.uint64(WORD_BYTES)).any():
+            odd = addresses[addresses % np.uint64(WORD_BYTES) != 0][0]
+            raise UnmappedAddress(int(odd), self._path)
+        steps = np.arange(nr_words, dtype=np.uint64)
+        wanted = addresses[:, None] // np.uint64(WORD_BYTES) + steps
+        numbers, positions = np.unique(wanted // np.uint64(_PAGE_WORDS), return_inverse=True)
+        self._load_missing(numbers)
+        content = b"".join([self._pages[number] for number in numbers.tolist()])
+        within = (wanted % np.uint64(_PAGE_WORDS)).astype(np.intp)
+        places = positions.reshape(wanted.shape) * _PAGE_WORDS + within
+        found: Words = np.frombuffer(content, np.uint64)[places]
+        return found
+
+    def _load_missing(self, numbers: Words) -> None:
+        missing = [number for number in numbers.tolist() if number not in self._pages]
+        first = 0
+        for index in range(1, len(missing) + 1):
+            if (
+                index == len(missing)
+                or missing[index] != missing[index - 1] + 1
+                or index - first == _RUN_PAGES
+            ):
+                self._load(missing[first], index - first)
+                first = index
+
+    # Reads a run of pages, as far as one range has them, and returns the first one.
+    def _load(self, number: int, count: int) -> memoryview:
+        start = number * _PAGE_BYTES
+        end = start + count * _PAGE_BYTES
+        at = start
+        while at < end:
+            segment = self._segment(at)
+            # A range may begin or end within a page; what is outside of it reads as zeros.
+            low, high = max(at, segment.start), min(end, segment.end)
+            content = self._read(low, high - low, segment)
+            padded = bytes(low - at) + content + bytes(-high % _PAGE_BYTES)
+            for offset in range(0, len(padded), _PAGE_BYTES):
+                page = memoryview(padded[offset : offset + _PAGE_BYTES]).cast("Q")
+                self._pages[(at + offset) // _PAGE_BYTES] = page
+            at += len(padded)
+        return self._pages[number]
+
+    # The range that has a part of the page at this address.
+    def _segment(self, page_address: int) -> Segment:
+        index = bisect.bisect_left(self._starts, page_address + _PAGE_BYTES) - 1
+        if index < 0 or self.segments[index].end <= page_address:
+            raise UnmappedAddress(page_address, self._path)
+        return self.segments[index]
+
+    def _read(self, address: int, nr_bytes: int, segment: Segment) -> bytes:
+        try:
+            content = _read_fully(self._fd, nr_bytes, segment.file_offset + address - segment.start)
+        except OSError as error:
+            if error.errno == errno.EFAULT:
+                raise UnmappedAddress(address, self._path) from error
+            raise _refusal(self._path, error) from error
+        if len(content) != nr_bytes:
+            raise KernelInterfaceError(f"{self._path} ends before address {address + nr_bytes:#x}")
+        return content
+
+
+def _read_fully(fd: int, nr_bytes: int, offset: int) -> bytes:
+    chunks = []
+    while nr_bytes and (chunk := os.pread(fd, nr_bytes, offset)):
+        chunks.append(chunk)
+        offset, nr_bytes = offset + len(chunk), nr_bytes - len(chunk)
+    return b"".join(chunks)
+
+
+def _refusal(
+    path: str, error: OSError
+) -> KernelFeatureMissing | PrivilegeMissing | KernelInterfaceError:
+    name = errno.errorcode.get(error.errno or 0, str(error.errno))
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return KernelFeatureMissing(f"there is no {path}", "boot a kernel with CONFIG_PROC_KCORE=y")
+    if error.errno in (errno.EACCES, errno.EPERM):
+        # fs/proc/kcore.c:open_kcore: CAP_SYS_RAWIO, then security_locked_down(LOCKDOWN_KCORE).
+        return PrivilegeMissing(
+            f"{path} cannot be read: {name}",
+            "run as root, on a kernel that is not locked down for confidentiality "
+            "(/sys/kernel/security/lockdown)",
+        )
+    return KernelInterfaceError(f"{path} cannot be read: {name}")
