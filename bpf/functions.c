@@ -12,7 +12,7 @@
  *   EMIT_KIND               events of that kind come from here, and not from a tracepoint
  *   EVERY_PAGE              stream what happens for every page, too
  *   VISITS_DERIVED          no program on cmp_and_merge_page: see leave_ksm_next_page_pmd_entry
- *   SEARCHES_DERIVED        no program on stable_tree_search: see enter_get_ksm_page
+ *   SEARCHES_DERIVED        no program on stable_tree_search: see leave_get_ksm_page
  *   NARGS_break_ksm         its number of arguments: 4 where it takes a range
  *   STRUCT_PAGE_BYTES, VMEMMAP_BASE_ADDRESS
  *   KSM_SCAN_ADDRESS, KSM_RMAP_ITEMS_ADDRESS, KSM_PAGES_SKIPPED_ADDRESS
@@ -74,7 +74,6 @@ struct under_way {
 	u32 decided;
 	u32 outcome;
 	u32 nodes;
-	u64 get_flags;
 	/* rmap_item of the try_to_merge_with_ksm_page that has not returned */
 	u64 merging;
 	/* the sharer in remove_rmap_item_from_tree, as it was at its entry */
@@ -230,11 +229,16 @@ static __always_inline bool take_call(int function, struct call *call)
 static __always_inline void know_rmap_item(struct under_way *at, u64 rmap_item)
 {
 	at->rmap_item = rmap_item;
+#ifdef EVERY_PAGE
+	u64 address = address_of_rmap_item(rmap_item);
+
+	at->address = address & ADDRESS_MASK;
 	at->mm = mm_of_rmap_item(rmap_item);
-	at->flags_before = address_of_rmap_item(rmap_item) & ~ADDRESS_MASK;
+	at->flags_before = address & ~ADDRESS_MASK;
 #ifdef RMAP_ITEM_OLDCHECKSUM
 	bpf_probe_read_kernel(&at->oldchecksum, sizeof(at->oldchecksum),
 			      (void *)(rmap_item + RMAP_ITEM_OLDCHECKSUM));
+#endif
 #endif
 }
 
@@ -311,10 +315,8 @@ static __always_inline void begin_visit(struct under_way *at, u64 rmap_item, u64
 	at->decided = 0;
 	at->outcome = SEARCH_NONE;
 	at->nodes = 0;
-	if (rmap_item) {
-		at->address = address_of_rmap_item(rmap_item) & ADDRESS_MASK;
+	if (rmap_item)
 		know_rmap_item(at, rmap_item);
-	}
 }
 
 /* ksmd: (struct page *page, rmap_item). */
@@ -392,31 +394,25 @@ static __always_inline void leave_stable_tree_search(u64 *args, u64 result, stru
  * stable_tree_search come before any merge of the page, without a lock or trying one;
  * remove_rmap_item_from_tree waits for the lock, and stable_tree_insert comes after the merge.
  */
-static __always_inline u64 enter_get_ksm_page(u64 *args)
-{
-	struct under_way *at = now_under_way();
-
-	if (!at || !in_ksmd())
-		return 0;
-	at->get_flags = args[1];
-	if (!at->looking || at->decided || at->merging)
-		return 0;
-#ifdef SEARCHES_DERIVED
-	if ((u32)args[1] == GET_NOLOCK || (u32)args[1] == GET_TRYLOCK)
-		at->searched = 1;
-#endif
-	if (at->searched && (u32)args[1] == GET_NOLOCK)
-		at->nodes++;
-	return 0;
-}
-
 static __always_inline void leave_get_ksm_page(u64 *args, u64 result, struct call *call)
 {
-	struct under_way *at = now_under_way();
+	struct under_way *at;
+	u32 flags = args[1];
 
-	if (!at || !in_ksmd() || !at->searched || at->decided)
+	if (!in_ksmd())
 		return;
-	if ((u32)at->get_flags == GET_TRYLOCK && (s64)result == -EBUSY) {
+	at = now_under_way();
+	if (!at || !at->looking || at->decided || at->merging)
+		return;
+#ifdef SEARCHES_DERIVED
+	if (flags == GET_NOLOCK || flags == GET_TRYLOCK)
+		at->searched = 1;
+#endif
+	if (!at->searched)
+		return;
+	if (flags == GET_NOLOCK)
+		at->nodes++;
+	if (flags == GET_TRYLOCK && (s64)result == -EBUSY) {
 		at->outcome = SEARCH_BUSY;
 		at->decided = 1;
 	}
@@ -656,10 +652,11 @@ static __always_inline u64 enter_remove_rmap_item_from_tree(u64 *args)
 {
 	struct under_way *at = now_under_way();
 	u64 rmap_item = args[0];
-	u64 address = address_of_rmap_item(rmap_item);
+	u64 address;
 
 	if (!at)
 		return 0;
+	address = address_of_rmap_item(rmap_item);
 	/* cmp_and_merge_page calls it for the page that it looks at: now the rmap_item is known. */
 	if (at->looking && !at->rmap_item && !at->merging && in_ksmd() &&
 	    at->address == (address & ADDRESS_MASK) && at->mm == mm_of_rmap_item(rmap_item)) {
@@ -808,8 +805,13 @@ static __always_inline u64 enter_run_store(u64 *args)
 static __always_inline void leave_run_store(u64 *args, u64 result, struct call *call)
 {
 #ifdef EMIT_RUN_STORE
-	struct ksm_event *event = begin(RUN_STORE);
+	struct under_way *at = now_under_way();
+	struct ksm_event *event;
 
+	/* It has had ksm_thread_mutex: ksmd is through with its page, and takes no other now. */
+	if (at && call->note != '1')
+		end_visit(at);
+	event = begin(RUN_STORE);
 	if (!event)
 		return;
 	event->err = (s64)result < 0 ? result : 0;
@@ -987,6 +989,35 @@ int on_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 		leave_##body(args, args[nargs], &call);                            \
 		return 0;                                                          \
 	}
+
+/*
+ * Without the call that copies the arguments, for what happens once per page or more often. The
+ * verifier knows these arguments as pointers: a body may add a constant to them, and no more.
+ */
+#define FENTRY_DIRECT(function, body, nargs, enter)                                \
+	int JOIN(KFUNC_PREFIX, function)(u64 *ctx)                                 \
+	{                                                                          \
+		u64 args[4];                                                       \
+		DIRECT_ARGUMENTS_##nargs                                           \
+		count_passage(FUNCTION_##body, ENTERED);                           \
+		enter;                                                             \
+		return 0;                                                          \
+	}
+
+#define FEXIT_DIRECT(function, body, nargs)                                        \
+	int JOIN(KRETFUNC_PREFIX, function)(u64 *ctx)                              \
+	{                                                                          \
+		u64 args[4];                                                       \
+		DIRECT_ARGUMENTS_##nargs                                           \
+		count_passage(FUNCTION_##body, RETURNED);                          \
+		leave_##body(args, ctx[nargs], NULL);                              \
+		return 0;                                                          \
+	}
+
+#define DIRECT_ARGUMENTS_1 args[0] = ctx[0];
+#define DIRECT_ARGUMENTS_2 DIRECT_ARGUMENTS_1 args[1] = ctx[1];
+#define DIRECT_ARGUMENTS_3 DIRECT_ARGUMENTS_2 args[2] = ctx[2];
+#define DIRECT_ARGUMENTS_4 DIRECT_ARGUMENTS_3 args[3] = ctx[3];
 
 #define KENTRY(body, enter)                                                        \
 	int kentry_##body(struct pt_regs *ctx)                                     \

@@ -40,6 +40,8 @@ class Function:
         keeps: whether the exit needs to know the entry: ``call`` the time and note of every
             call, ``noted`` only of those that the entry's body has a note for, ``""`` nothing.
         arguments: the numbers of arguments that the bodies understand.
+        direct: called so often that a program of fentry or fexit reads its arguments in place;
+            then the bodies must not compute with pointers among them.
         defines: C defines without which the bodies see nothing.
     """
 
@@ -49,6 +51,7 @@ class Function:
     enters: bool = False
     leaves: bool = False
     keeps: str = ""
+    direct: bool = False
     defines: tuple[str, ...] = ()
 
 
@@ -72,13 +75,14 @@ FUNCTIONS = (
         leaves=True,
         keeps="noted",
     ),
-    Function("get_ksm_page", ("ksm_get_folio", "get_ksm_page"), (2,), enters=True, leaves=True),
+    Function("get_ksm_page", ("ksm_get_folio", "get_ksm_page"), (2,), leaves=True, direct=True),
     Function(
         "remove_rmap_item_from_tree",
         ("remove_rmap_item_from_tree",),
         (1,),
         enters=True,
         leaves=True,
+        direct=True,
     ),
     Function("remove_node_from_stable_tree", ("remove_node_from_stable_tree",), (1,), enters=True),
     Function("stable_tree_append", ("stable_tree_append",), (3,), enters=True),
@@ -97,6 +101,7 @@ FUNCTIONS = (
         ("ksm_next_page_pmd_entry",),
         (4,),
         leaves=True,
+        direct=True,
         defines=("KSMD_PID", "MM_WALK_MM", "MM_WALK_PRIVATE", "NEXT_PAGE_PAGE", "NEXT_PAGE_ADDR"),
     ),
     Function("__ksm_enter", ("__ksm_enter",), (1,), leaves=True),

@@ -595,10 +595,13 @@ def _programs(function: Function, rung: str, name: str, arguments: int) -> Itera
     take = f"take_call(FUNCTION_{body}, &call)" if keep else "(void)0"
     if rung == FENTRY:
         if enter != "0":
-            text = f"FENTRY({name}, {body}, {arguments}, {enter})"
+            macro = "FENTRY_DIRECT" if function.direct else "FENTRY"
+            text = f"{macro}({name}, {body}, {arguments}, {enter})"
             yield Attachment("fentry", name, 0, name, body, text)
         if function.leaves:
             text = f"FEXIT({name}, {body}, {arguments}, {take})"
+            if function.direct:
+                text = f"FEXIT_DIRECT({name}, {body}, {arguments})"
             yield Attachment("fexit", name, 0, name, body, text)
         return
     yield Attachment("kprobe", name, 0, f"kentry_{body}", body, f"KENTRY({body}, {enter})")
