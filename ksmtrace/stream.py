@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from ksmtrace.events import Events
+from ksmtrace.kernel.ksm_memory import KsmMemory
+from ksmtrace.kernel.page_truth import PageTruth
 
 Scalar = int | str | None
 
@@ -124,6 +126,28 @@ class Losses:
     missed: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Witnessed:
+    """What the kernel held, read from outside while the capture ran.
+
+    Attributes:
+        moment: ``first``, when the programs had just been attached; ``last``, before they were
+            detached; ``asked`` for in between.
+        begin_ns: CLOCK_MONOTONIC before the reading.
+        end_ns: CLOCK_MONOTONIC after it.
+        memory: what mm/ksm.c holds (:mod:`ksmtrace.kernel.ksm_memory`), None where unread.
+        pages: what mergeable memory maps (:mod:`ksmtrace.kernel.page_truth`), None where unread.
+        why_not: why ``memory`` or ``pages`` is None, by that name; nothing where nobody asked.
+    """
+
+    moment: str
+    begin_ns: int
+    end_ns: int
+    memory: KsmMemory | None
+    pages: PageTruth | None
+    why_not: Mapping[str, str]
+
+
 @dataclass(frozen=True)
 class Trailer:
     """The capture ended in order; a recording without one was cut off.
@@ -143,7 +167,7 @@ class Trailer:
     notices: list[str] = field(default_factory=list)
 
 
-Item = Batch | CounterSample | ProcessSeen | Losses | Trailer
+Item = Batch | CounterSample | ProcessSeen | Losses | Witnessed | Trailer
 
 
 class Stream(Protocol):

@@ -17,6 +17,7 @@ from ksmtrace.stream import (
     ProcessSeen,
     Stream,
     Trailer,
+    Witnessed,
 )
 
 
@@ -30,6 +31,7 @@ class Recorded:
         samples: counter samples in order of time.
         seen: process identities by pid, each list in order of time.
         losses: kernel-side tallies in order of time.
+        witnessed: readings of the kernel's own state in order of time.
         trailer: how it ended; None where it was cut off.
         cut_off: why it is believed to be cut off; None where it is not.
     """
@@ -39,6 +41,7 @@ class Recorded:
     samples: list[CounterSample] = field(default_factory=list)
     seen: dict[int, list[ProcessSeen]] = field(default_factory=dict)
     losses: list[Losses] = field(default_factory=list)
+    witnessed: list[Witnessed] = field(default_factory=list)
     trailer: Trailer | None = None
     cut_off: str | None = None
 
@@ -147,6 +150,8 @@ def gather(stream: Stream) -> Recorded:
             recorded.seen.setdefault(item.pid, []).append(item)
         elif isinstance(item, Losses):
             recorded.losses.append(item)
+        elif isinstance(item, Witnessed):
+            recorded.witnessed.append(item)
         else:
             recorded.trailer = item
     recorded.events = concatenate(batches)

@@ -21,12 +21,18 @@ from ksmtrace.capture.ring import Ring
 from ksmtrace.capture.samples import CounterSampler
 from ksmtrace.errors import CannotRun, KsmtraceError, UsageError
 from ksmtrace.events import KINDS, NR_KINDS, SLOT_BYTES, Events
+from ksmtrace.kernel import sysfs
 from ksmtrace.kernel.facts import Facts
+from ksmtrace.kernel.ksm_memory import read_ksm_memory
+from ksmtrace.kernel.page_truth import read_page_truth
 from ksmtrace.kernel.process_events import ProcessEvents
-from ksmtrace.stream import Batch, Header, Item, Losses, Trailer
+from ksmtrace.stream import Batch, Header, Item, Losses, Trailer, Witnessed
 from ksmtrace.units import text_bytes
 
 DEFAULT_RING_BYTES = 16 << 20
+MOST_SNAPSHOT_PAGES = 200_000
+"""Reading that many takes a second (docs/performance.md), which nobody notices at the start."""
+
 _LARGEST_RING_SHARE = 4  # of MemAvailable: more would push out what is being observed
 
 _SHORTEST_WAIT_S = 0.005
@@ -43,10 +49,15 @@ class CaptureSettings:
     Attributes:
         ring_bytes: size of the ring; a power of two, at least a page.
         interval_ns: time between counter samples.
+        snapshot: read what mm/ksm.c holds when the programs have been attached, where kernel
+            memory can be read and holds at most :data:`MOST_SNAPSHOT_PAGES` rmap_items.
+        witnesses: read both witnesses, of whatever size, then and at the end.
     """
 
     ring_bytes: int = DEFAULT_RING_BYTES
     interval_ns: int = 1_000_000_000
+    snapshot: bool = True
+    witnesses: bool = False
 
 
 @dataclass
@@ -78,6 +89,9 @@ class Capture:
         settings: ring size and sample interval.
         until: asked many times a second; a returned text ends the capture and is the reason.
 
+    Attributes:
+        witnesses_wanted: set it to have both witnesses read in the middle of the capture.
+
     Raises:
         UsageError: a ring size that no kernel takes.
         CannotRun: the plan cannot be carried out here.
@@ -93,8 +107,10 @@ class Capture:
         self.progress = Progress()
         self.command_exit_status: int | None = None
         self.notices: list[str] = []
+        self.witnesses_wanted = False
         self._settings = settings
         self._counted = plan.counted
+        self._kpf_ksm = facts.kpf_ksm
         self._missed: dict[str, int] = {}
         self._until = until
         self._recorded = np.zeros(NR_KINDS, np.int64)
@@ -133,6 +149,8 @@ class Capture:
         reason = None
         try:
             yield from self._sample()
+            if self._settings.witnesses or self._is_small():
+                yield from self._witness("first", both=self._settings.witnesses)
             next_sample_ns = time.monotonic_ns() + self._settings.interval_ns
             wait_s = _SHORTEST_WAIT_S
             while True:
@@ -141,12 +159,18 @@ class Capture:
                 reason = self._until()
                 if reason is not None:
                     break
+                if self.witnesses_wanted:
+                    self.witnesses_wanted = False
+                    yield from self._drain()
+                    yield from self._witness("asked", both=True)
                 if time.monotonic_ns() >= next_sample_ns:
                     yield from self._sample()
                     next_sample_ns += self._settings.interval_ns
                     next_sample_ns = max(next_sample_ns, time.monotonic_ns())
                 wait_s = _SHORTEST_WAIT_S if reached else min(wait_s * 2, _LONGEST_WAIT_S)
                 time.sleep(wait_s)
+            if self._settings.witnesses:
+                yield from self._witness("last", both=True)
             yield from self._sample()
         except KsmtraceError as error:
             self.progress.failure = error
@@ -215,6 +239,28 @@ class Capture:
             calls=self._programs.calls(),
             missed=self._missed,
         )
+
+    def _witness(self, moment: str, both: bool) -> Iterator[Item]:
+        """Yield a reading of what the kernel holds."""
+        begin_ns = time.monotonic_ns()
+        memory, pages, why_not = None, None, {}
+        try:
+            memory = read_ksm_memory()
+        except CannotRun as error:
+            why_not["memory"] = f"{error} ({error.hint})" if error.hint else str(error)
+        try:
+            pages = read_page_truth(kpf_ksm=self._kpf_ksm) if both else None
+        except CannotRun as error:
+            why_not["pages"] = f"{error} ({error.hint})" if error.hint else str(error)
+        yield Witnessed(moment, begin_ns, time.monotonic_ns(), memory, pages, why_not)
+
+    def _is_small(self) -> bool:
+        if not self._settings.snapshot:
+            return False
+        ksm = sysfs.read_ksm() or {}
+        names = ("pages_shared", "pages_sharing", "pages_unshared", "pages_volatile")
+        nr_rmap_items = sum(n for name in names if isinstance(n := ksm.get(name), int))
+        return nr_rmap_items <= MOST_SNAPSHOT_PAGES
 
     def _kept(self, counted: dict[str, T]) -> dict[str, T]:
         return {name: count for name, count in counted.items() if name in self._counted}

@@ -57,6 +57,19 @@ _COMMAND_GRACE_S = 5.0
     is_flag=True,
     help="Also an event for every page that ksmd looks at, which is only counted otherwise.",
 )
+@click.option(
+    "--snapshot/--no-snapshot",
+    default=True,
+    show_default=True,
+    help="Read at the start which pages are merged already, where kernel memory can be read and "
+    "they are not too many.",
+)
+@click.option(
+    "--witnesses",
+    is_flag=True,
+    help="Read at the start and at the end all that KSM holds, and what all mergeable memory maps: "
+    "for `ksmtrace tree --verify`. SIGUSR1 has it read once more.",
+)
 @without_option
 @click.option("-q", "--quiet", is_flag=True, help="No progress while recording.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON on stdout.")
@@ -68,6 +81,8 @@ def record(
     interval: float,
     ring: int,
     every_page: bool,
+    snapshot: bool,
+    witnesses: bool,
     without: tuple[str, ...],
     quiet: bool,
     as_json: bool,
@@ -96,12 +111,13 @@ def record(
     facts = read_facts()
     plan = make_plan(facts, find_recipe(facts.kernel.build_id), every_page, without)
     run = _Run(command, duration, quiet, commands_stdout_to_stderr=as_json)
-    settings = CaptureSettings(ring_bytes=ring, interval_ns=int(interval * 1e9))
+    settings = CaptureSettings(ring, int(interval * 1e9), snapshot, witnesses)
     with Capture(facts, plan, settings, run.until) as capture:
         writer = RecordingWriter(path, capture.header, force)
         # Only from here on: a signal during the set-up ends it at once, with nothing to keep.
         for number in _STOPPING:
             signal.signal(number, run.on_signal)
+        signal.signal(signal.SIGUSR1, lambda *_: setattr(capture, "witnesses_wanted", True))
         failure = run.follow(capture, writer)
     summary = {
         "file": str(path),

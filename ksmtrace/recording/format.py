@@ -10,8 +10,13 @@ import pyarrow as pa
 
 from ksmtrace.events import EVENT_DTYPE, PAYLOAD_BYTES, Events
 
-FORMAT_VERSION = 1
-"""Bumped with every change that an older reader would misread."""
+FORMAT_VERSION = 2
+"""Bumped with every change that an older reader would misread.
+
+2: readings of the witnesses, and more in Losses. Version 1 reads as a 2 without them.
+"""
+
+READABLE_VERSIONS = ("1", "2")
 
 SUFFIX = ".ksmt"
 

@@ -14,13 +14,14 @@ from ksmtrace.errors import DamagedRecording, ForeignRecording, RecordingError, 
 from ksmtrace.recording.format import (
     CRC_KEY,
     EVENTS,
-    FORMAT_VERSION,
     HEADER_KEY,
     MESSAGE_BYTES,
     NOTE,
+    READABLE_VERSIONS,
     VERSION_KEY,
     from_planes,
 )
+from ksmtrace.recording.witness import ROWS_NOTE, Gathering
 from ksmtrace.stream import (
     Batch,
     CounterSample,
@@ -29,6 +30,7 @@ from ksmtrace.stream import (
     Losses,
     ProcessSeen,
     Trailer,
+    Witnessed,
 )
 
 # What Arrow, JSON and the items' constructors raise for bytes that nobody wrote.
@@ -59,6 +61,7 @@ class RecordingReader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.cut_off: str | None = None
+        self._gathering: Gathering | None = None
         try:
             self._content = path.read_bytes() if path.stat().st_size == 0 else _mapped(path)
         except OSError as error:
@@ -75,9 +78,10 @@ class RecordingReader:
         if VERSION_KEY not in metadata:
             raise self._no_recording()
         version = metadata[VERSION_KEY].decode(errors="replace")
-        if version != str(FORMAT_VERSION):
+        if version not in READABLE_VERSIONS:
             raise UnsupportedFormat(
-                f"{path} has format version {version}, this ksmtrace reads {FORMAT_VERSION}",
+                f"{path} has format version {version}, this ksmtrace reads "
+                f"{' and '.join(READABLE_VERSIONS)}",
                 "read it with the ksmtrace that wrote it, or a newer one",
             )
         try:
@@ -92,6 +96,7 @@ class RecordingReader:
             DamagedRecording: a block does not decode or its checksum is wrong.
         """
         held: list[Item] = []
+        self._gathering = None
         crc = 0
         checked = 0
         ended = False
@@ -118,12 +123,34 @@ class RecordingReader:
             yield from held
             held = []
             try:
-                held = list(_items(batch))
+                held = list(self._items(batch))
             except _UNDECODABLE as error:
                 raise self._damaged(position) from error
         yield from held
         if not ended and self.cut_off is None:
             self.cut_off = "the file ends before its trailer"
+
+    def _items(self, batch: pa.RecordBatch) -> Iterator[Item]:
+        """Yield the items of one record batch: a run of events, or one note per row."""
+        batch.validate(full=True)  # Arrow trusts offsets that it has read until told not to
+        for events, note in zip(batch.column(EVENTS), batch.column(NOTE), strict=True):
+            if events.is_valid:
+                yield Batch(from_planes(memoryview(events.as_buffer())))
+            if note.is_valid:
+                yield from self._take_note(json.loads(note.as_py()))
+
+    def _take_note(self, fields: dict[str, Any]) -> Iterator[Item]:
+        if fields["type"] == Witnessed.__name__:
+            self._gathering = Gathering(fields)
+        elif fields["type"] == ROWS_NOTE and self._gathering is not None:
+            self._gathering.add(fields)
+        else:
+            yield _from_note(fields)
+            return
+        whole = self._gathering.whole()
+        if whole is not None:
+            self._gathering = None
+            yield whole
 
     def _no_recording(self) -> RecordingError:
         if len(self._content) == 0:
@@ -142,16 +169,6 @@ class RecordingReader:
 def _mapped(path: Path) -> memoryview:
     with pa.memory_map(str(path)) as mapped:
         return memoryview(mapped.read_buffer())
-
-
-def _items(batch: pa.RecordBatch) -> Iterator[Item]:
-    """Yield the items of one record batch: a run of events, or one note per row."""
-    batch.validate(full=True)  # Arrow trusts offsets that it has read until told not to
-    for events, note in zip(batch.column(EVENTS), batch.column(NOTE), strict=True):
-        if events.is_valid:
-            yield Batch(from_planes(memoryview(events.as_buffer())))
-        if note.is_valid:
-            yield _from_note(json.loads(note.as_py()))
 
 
 def _from_note(fields: dict[str, Any]) -> Item:

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from ksmtrace.errors import CannotRun, UsageError
 from ksmtrace.events import KINDS, Events, concatenate
+from ksmtrace.recording import witness
 from ksmtrace.recording.format import (
     BATCH_EVENTS,
     COLUMNS,
@@ -29,7 +30,7 @@ from ksmtrace.recording.format import (
     VERSION_KEY,
     to_planes,
 )
-from ksmtrace.stream import Batch, Header, Item
+from ksmtrace.stream import Batch, Header, Item, Witnessed
 
 _NO_EVENTS = pa.nulls(1, pa.large_binary())
 _NO_NOTE = pa.nulls(1, pa.string())
@@ -92,8 +93,12 @@ class RecordingWriter:
             return
         # An item stands behind the events that came before it.
         self.flush()
-        fields: dict[str, Any] = {"type": type(item).__name__, **dataclasses.asdict(item)}
-        self._write(_NO_EVENTS, pa.array([_json(fields)]))
+        if isinstance(item, Witnessed):
+            notes = witness.iter_notes(item)
+        else:
+            notes = iter([{"type": type(item).__name__, **dataclasses.asdict(item)}])
+        for note in notes:
+            self._write(_NO_EVENTS, pa.array([_json(note)]))
 
     def flush(self) -> None:
         """Write the gathered events."""
