@@ -26,6 +26,7 @@ guest = SimpleNamespace(**runpy.run_path(str(PROGRAM)))
 RECORDERS = {
     "5.10": ("best",),
     "6.1": ("best", "fentry"),
+    "6.12": ("best",),
     "7.x": ("best", "fentry", "kprobe"),
 }
 PAIRS = [(series, name) for series, names in RECORDERS.items() for name in names]
