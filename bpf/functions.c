@@ -634,8 +634,16 @@ static __always_inline void leave_stable_node_dup(u64 *args, u64 result, struct 
 	if (!call->note)
 		return;
 	now = read_u64(call->args[1]);
-	if (now == call->note)
+	if (now == call->note) {
+#ifdef STABLE_NODE_HLIST
+		/* All its dups were stale: it is freed here, before 6.9 by the caller. */
+		if (read_u64(now + STABLE_NODE_HLIST))
+			return;
+		now = 0;
+#else
 		return;
+#endif
+	}
 	event = begin(FREE_STABLE_NODE_CHAIN);
 	if (!event)
 		return;
