@@ -12,6 +12,7 @@ from ksmtrace.cli.doctor import doctor
 from ksmtrace.cli.record import record
 from ksmtrace.cli.report import report
 from ksmtrace.cli.sites import sites
+from ksmtrace.cli.tree import tree
 from ksmtrace.cli.vm import vm
 from ksmtrace.cli.workload import workload
 from ksmtrace.errors import KsmtraceError
@@ -34,7 +35,7 @@ def ksmtrace() -> None:
     """
 
 
-for _command in (doctor, record, report, workload, vm, sites):
+for _command in (doctor, record, report, tree, workload, vm, sites):
     ksmtrace.add_command(_command)
 
 

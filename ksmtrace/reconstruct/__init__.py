@@ -1,0 +1,1 @@
+"""What mm/ksm.c holds at a moment, rebuilt from the events."""
