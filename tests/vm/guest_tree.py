@@ -21,6 +21,7 @@ from pathlib import Path
 KSM = Path("/sys/kernel/mm/ksm")
 PAGE = mmap.PAGESIZE
 SEED = 20261121
+CHURN_S = float(os.environ.get("CHURN_S", "20"))
 
 children: list[int] = []
 areas: dict[str, mmap.mmap] = {}
@@ -152,6 +153,106 @@ def migrate() -> None:
     passes(2)
 
 
+def big() -> None:
+    """Three processes with 10,007 pages each, of 211 contents."""
+    for _ in range(3):
+        child = os.fork()
+        if child == 0:
+            area = make_area("big", 10_007, lambda page: 5000 + page % 211)
+            signal.pause()
+            os._exit(int(area[0]))
+        children.append(child)
+    time.sleep(5)
+    set_knob("pages_to_scan", 20_000)
+    passes(4)
+
+
+def swap() -> None:
+    """Memory that is pushed out to swap, in part, and comes back."""
+    passes(2)
+    free_bytes = 1024 * int(meminfo("MemAvailable"))
+    hog = mmap.mmap(-1, free_bytes + (96 << 20), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for at in range(0, len(hog), PAGE):
+        hog[at : at + 8] = at.to_bytes(8, "little")
+    passes(2)
+    assert int(meminfo("SwapTotal")) - int(meminfo("SwapFree")) > 0
+    hog.close()
+    for area in areas.values():
+        sum(area[::PAGE])
+    passes(2)
+
+
+def meminfo(name: str) -> str:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(line.split()[1] for line in lines if line.startswith(f"{name}:"))
+
+
+def offline() -> None:
+    """Blocks of memory that go, and come back."""
+    passes(2)
+    changed = 0
+    for state in ("offline", "online_movable"):
+        for block in sorted(Path("/sys/devices/system/memory").glob("memory*/valid_zones")):
+            if "Movable" in block.read_text() or state != "offline":
+                changed += set_block(block.with_name("state"), state)
+    assert changed >= 2, "no block of memory went and came back"
+    passes(2)
+
+
+def set_block(state: Path, wanted: str) -> bool:
+    if state.read_text().strip() == wanted.partition("_")[0]:
+        return False
+    try:
+        state.write_text(wanted)
+    except OSError:
+        return False  # it holds something that cannot be moved
+    return True
+
+
+def churn() -> None:
+    """Everything at random, for CHURN_S seconds, while ksmd scans."""
+    at_random = random.Random(SEED)
+    set_knob("run", 1)
+    ends = time.monotonic() + CHURN_S
+    while time.monotonic() < ends:
+        step(at_random)
+        time.sleep(at_random.random() / 50)
+    passes(1)
+
+
+def step(at_random: random.Random) -> None:
+    name = at_random.choice(["a", "b", "c"])
+    area = areas.get(name)
+    choice = at_random.randrange(100)
+    if area is None:
+        make_area(name, at_random.randrange(31, 499), lambda page: at_random.randrange(97))
+        return
+    pages = len(area) // PAGE
+    first = at_random.randrange(pages)
+    count = at_random.randrange(1, pages - first + 1)
+    if choice < 60:
+        for _ in range(7):
+            fill(area, at_random.randrange(pages), at_random.randrange(97))
+    elif choice < 68:
+        area.madvise(13, first * PAGE, count * PAGE)
+        area.madvise(mmap.MADV_MERGEABLE)
+    elif choice < 75:
+        area.madvise(mmap.MADV_DONTNEED, first * PAGE, count * PAGE)
+    elif choice < 80:
+        areas.pop(name).close()
+    elif choice < 88 and len(children) < 5:
+        child_process()
+    elif choice < 93 and children:
+        child = children.pop(at_random.randrange(len(children)))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    elif choice < 96:
+        Path("/proc/sys/vm/compact_memory").write_text("1")
+    elif choice < 98:
+        set_knob("run", at_random.choice([0, 2]))
+        set_knob("run", 1)
+
+
 def again() -> None:
     """Run 1, 2, 1."""
     passes(1)
@@ -166,6 +267,10 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     "unmerge": unmerge,
     "migrate": migrate,
     "numa": migrate,
+    "big": big,
+    "swap": swap,
+    "offline": offline,
+    "churn": churn,
     "again": again,
 }
 
