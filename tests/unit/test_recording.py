@@ -29,8 +29,9 @@ from ksmtrace.errors import (
 from ksmtrace.events import EVENT_DTYPE, KINDS, PAYLOAD_BYTES
 from ksmtrace.recording.format import BATCH_EVENTS, FORMAT_VERSION, KINDS_KEY, VERSION_KEY
 from ksmtrace.recording.reader import RecordingReader
+from ksmtrace.recording.witness import iter_notes
 from ksmtrace.recording.writer import RecordingWriter
-from ksmtrace.stream import Batch, CounterSample, Header, Losses, ProcessSeen, Trailer
+from ksmtrace.stream import Batch, CounterSample, Header, Losses, ProcessSeen, Trailer, Witnessed
 
 GOLDENS = Path(__file__).parents[1] / "golden" / "recordings"
 NAMES = sorted(path.stem for path in GOLDENS.glob("*.ksmt"))
@@ -67,7 +68,9 @@ def plain(items) -> list:
     """Make items comparable: events as bytes, neighbouring batches joined."""
     flat: list = []
     for item in items:
-        if not isinstance(item, Batch):
+        if isinstance(item, Witnessed):
+            flat.append(list(iter_notes(item)))
+        elif not isinstance(item, Batch):
             flat.append(item)
         elif flat and isinstance(flat[-1], bytes):
             flat[-1] += item.events.tobytes()
