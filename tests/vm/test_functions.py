@@ -230,7 +230,7 @@ def test_derived_and_site_agree(series: str, name: str, run: Run) -> None:
 
     pages = [places(of_kind(r.events, "cmp_and_merge_page")) for r in (best, derived)]
     assert abs(len(pages[0]) - len(pages[1])) <= 1
-    nr_pages = min(map(len, pages))
+    nr_pages = min(map(len, pages)) - 1  # of the last, run=2 has freed the rmap_item meanwhile
     assert pages[0][:nr_pages] == pages[1][:nr_pages]
     # Of a KSM page that is in place already, nothing is seen from which to tell the rmap_item.
     visits, seen = (of_kind(r.events, "cmp_and_merge_page")[:nr_pages] for r in (best, derived))
