@@ -22,7 +22,8 @@ def verify_recording(file: Path) -> list[dict[str, Any]]:
 
     Returns:
         Per moment plain JSON types: ``moment``, ``at_ns`` (since the recording began),
-        ``consistent`` (null where kernel memory was not read), ``why_not``, and one entry per pair
+        ``consistent`` (null where kernel memory was not read; false also where an event happened
+        during the reading), ``why_not``, and one entry per pair
         that could be compared: ``compared``, ``differences`` (count by what and cause), and
         ``contradictions`` (how many nothing explains).
 
@@ -42,12 +43,13 @@ def verify_recording(file: Path) -> list[dict[str, Any]]:
             "record with --witnesses, on a kernel whose memory or page maps can be read",
         )
     replay = Replay(lambda: RecordingReader(file))
+    undisturbed = find_undisturbed(RecordingReader(file), readings)
     found = []
-    for reading in readings:
+    for reading, is_undisturbed in zip(readings, undisturbed, strict=True):
         entry: dict[str, Any] = {
             "moment": reading.moment,
             "at_ns": reading.begin_ns - reader.header.started_ns,
-            "consistent": reading.memory.consistent if reading.memory else None,
+            "consistent": reading.memory.consistent and is_undisturbed if reading.memory else None,
             "why_not": dict(reading.why_not),
         }
         state = replay.state_at(reading.begin_ns)
@@ -56,6 +58,20 @@ def verify_recording(file: Path) -> list[dict[str, Any]]:
             entry |= _with_pages(state, reading.memory, reading.pages)
         found.append(entry)
     return found
+
+
+def find_undisturbed(stream: Any, readings: list[Any]) -> list[bool]:
+    """Say per reading of the witnesses whether no event happened while it was made."""
+    from ksmtrace.stream import Batch
+
+    undisturbed = [True] * len(readings)
+    for item in stream:
+        if isinstance(item, Batch):
+            times = item.events["ts_ns"]
+            for at, reading in enumerate(readings):
+                if ((times >= reading.begin_ns) & (times <= reading.end_ns)).any():
+                    undisturbed[at] = False
+    return undisturbed
 
 
 def verify_live() -> list[dict[str, Any]]:
@@ -69,6 +85,7 @@ def verify_live() -> list[dict[str, Any]]:
     from ksmtrace.kernel.page_truth import read_page_truth
 
     memory, pages, why_not = None, None, {}
+    before = sysfs.read_ksm()
     try:
         memory = read_ksm_memory()
     except CannotRun as error:
@@ -80,10 +97,12 @@ def verify_live() -> list[dict[str, Any]]:
     if memory is None and pages is None:
         raise KernelFeatureMissing("; ".join(why_not.values()), "run as root")
     ksm = sysfs.read_ksm() or {}
+    # While ksmd runs, each reading is of another moment.
+    at_rest = ksm == before and ksm.get("run") != 1
     entry: dict[str, Any] = {
         "moment": "now",
         "at_ns": None,
-        "consistent": memory.consistent if memory else None,
+        "consistent": memory.consistent and at_rest if memory else None,
         "why_not": why_not,
     }
     if memory is not None:
@@ -205,7 +224,7 @@ def verify_lines(entries: list[dict[str, Any]]) -> Iterator[str]:
         else:
             yield f"{entry['at_ns'] / 1e9:.2f} s AFTER THE RECORDING BEGAN ({entry['moment']})"
         if entry["consistent"] is False:
-            yield "  kernel memory changed while it was read: differences may come of that"
+            yield "  KSM was at work meanwhile: differences may come of that, and do not count"
         for part, reason in entry["why_not"].items():
             yield f"  {part} not read: {reason}"
         for key, title in _PAIRS.items():

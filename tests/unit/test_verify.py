@@ -216,6 +216,12 @@ def test_a_recording_without_readings_says_how_to_make_one():
     assert "--witnesses" in str(getattr(run.exception, "hint", ""))
 
 
+def test_an_event_during_a_reading_disturbs_it(readings):
+    assert verify.find_undisturbed(RecordingReader(FILE), readings) == [True] * 4
+    longer = replace(readings[1], end_ns=readings[2].begin_ns)
+    assert verify.find_undisturbed(RecordingReader(FILE), [longer, readings[2]]) == [False, True]
+
+
 def test_a_disturbed_reading_is_no_contradiction():
     entry = {"consistent": False, "memory_itself": {"contradictions": 3}}
 
