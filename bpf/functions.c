@@ -5,7 +5,7 @@
  *
  * Each function has a body for its entry (enter_F) and one for its exit
  * (leave_F), whichever way they are reached: the plan appends one line per
- * attachment, FENTRY, FEXIT, KENTRY, KEXIT or SITE_F, which makes the program
+ * attachment, FENTRY, FEXIT, KENTRY, KEXIT or SITE, which makes the program
  * (ksmtrace/capture/hooks.py). Arguments are in the order of the kernel's.
  *
  * Defines from the plan, each only where known or wanted:
@@ -15,14 +15,13 @@
  *   SEARCHES_DERIVED        no program on stable_tree_search: see leave_get_ksm_page
  *   NARGS_break_ksm         its number of arguments: 4 where it takes a range
  *   STRUCT_PAGE_BYTES, VMEMMAP_BASE_ADDRESS
- *   KSM_SCAN_ADDRESS, KSM_RMAP_ITEMS_ADDRESS, KSM_PAGES_SKIPPED_ADDRESS
+ *   KSM_SCAN_ADDRESS, KSM_RMAP_ITEMS_ADDRESS, KSM_PAGES_SKIPPED_ADDRESS, MIGRATE_NODES_ADDRESS
  *                           the kernel's own variables
  *   offsets as in ksm.c
  */
 #include <uapi/linux/ptrace.h>
 
 #define EBUSY 16
-#define SEQNR_MASK 0x0ffULL
 #define STABLE_FLAG 0x200ULL
 #define ADDRESS_MASK (~0xfffULL)
 
@@ -390,7 +389,7 @@ static __always_inline void leave_stable_tree_search(u64 *args, u64 result, stru
 }
 
 /*
- * get_ksm_page, since 6.9 ksm_get_folio: (stable_node, flags). Of its calls by ksmd, those of
+ * get_ksm_page, later ksm_get_folio: (stable_node, flags). Of its calls by ksmd, those of
  * stable_tree_search come before any merge of the page, without a lock or trying one;
  * remove_rmap_item_from_tree waits for the lock, and stable_tree_insert comes after the merge.
  */
@@ -464,7 +463,7 @@ static __always_inline void leave_try_to_merge_with_ksm_page(u64 *args, u64 resu
 
 /*
  * ksmd: (vma, struct page *page, struct page *kpage). Called by try_to_merge_with_ksm_page, or
- * else with the zero page (mm/ksm.c:cmp_and_merge_page, since 6.10 try_to_merge_with_zero_page).
+ * else with the zero page (mm/ksm.c:cmp_and_merge_page, later try_to_merge_with_zero_page).
  */
 static __always_inline void leave_try_to_merge_one_page(u64 *args, u64 result, struct call *call)
 {
@@ -636,7 +635,7 @@ static __always_inline void leave_stable_node_dup(u64 *args, u64 result, struct 
 	now = read_u64(call->args[1]);
 	if (now == call->note) {
 #ifdef STABLE_NODE_HLIST
-		/* All its dups were stale: it is freed here, before 6.9 by the caller. */
+		/* All its dups were stale: it is freed here, or by the caller next. */
 		if (read_u64(now + STABLE_NODE_HLIST))
 			return;
 		now = 0;

@@ -112,7 +112,12 @@ BODY = (
     Field("kpfn_before", 16, "u64", "stable_node.kpfn when the function was called"),
     Field("rmap_item", 24, "u64", "address of the rmap_item; 0: unknown"),
     Field("kpfn_after", 24, "u64", "stable_node.kpfn when the function returned"),
-    Field("chain", 24, "u64", "address of the chain's stable_node; 0: in no chain"),
+    Field(
+        "chain",
+        24,
+        "u64",
+        "address of the chain's stable_node; 0: in no chain, or not found behind 16 other dups",
+    ),
     Field("task_pid", 24, "u32", "tgid of the task in whose context the event happened"),
     Field("ksmd_cpu_ns", 24, "u64", "task_struct.se.sum_exec_runtime of ksmd; behind by a tick"),
     Field("scan_time", 24, "s64", "seconds the advisor took the last pass to last"),

@@ -128,8 +128,8 @@ class Programs:
     def missed(self) -> dict[str, int]:
         """Read how often a program was not run, because its CPU was in the middle of another.
 
-        The kernel counts it (kernel/bpf/syscall.c: bpf_prog_info.recursion_misses) from 5.12 on,
-        and for kprobes from 6.7 on; before that, there is nothing here.
+        Only what the kernel counts (bpf_prog_info.recursion_misses): older ones count it for no
+        program, or for none of a kprobe, and then there is nothing here.
         """
         missed = {}
         for attachment in self._attached:
@@ -138,7 +138,8 @@ class Programs:
             if len(information) >= _RECURSION_MISSES + 8:
                 (times,) = struct.unpack_from("=Q", information, _RECURSION_MISSES)
                 if times:
-                    missed[f"{attachment.how}:{attachment.target}"] = times
+                    place = f"+{attachment.offset:#x}" if attachment.offset else ""
+                    missed[f"{attachment.how}:{attachment.target}{place}"] = times
         return missed
 
     def _mapped(self, name: bytes, numbers: int) -> npt.NDArray[np.uint64]:
