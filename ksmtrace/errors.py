@@ -66,15 +66,21 @@ class LostVM(KsmtraceError):
 
     Attributes:
         console_tail: the last lines that the guest's kernel wrote.
+        has_booted: whether the guest had reported that it was up.
     """
 
     exit_status = 255
 
     def __init__(
-        self, message: str, hint: str | None = None, console_tail: tuple[str, ...] = ()
+        self,
+        message: str,
+        hint: str | None = None,
+        console_tail: tuple[str, ...] = (),
+        has_booted: bool = True,
     ) -> None:
         super().__init__(message, hint)
         self.console_tail = console_tail
+        self.has_booted = has_booted
 
 
 class WorkloadFailed(KsmtraceError):

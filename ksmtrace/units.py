@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import signal
+from collections.abc import Sequence
+
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 def text_bytes(size_bytes: float) -> str:
@@ -37,6 +41,22 @@ def text_count(count: float) -> str:
         if abs(count) < scale * 1000:
             return f"{count / scale:.1f} {unit}" if unit == "k" else f"{count / scale:.2f} {unit}"
     return f"{count:.3g}"
+
+
+def text_share(share: float) -> str:
+    """Write a share: 0.5 -> ``50.0%``; nothing and all are said of nothing and all only."""
+    if 0 < share < 0.0005:
+        return "<0.1%"
+    return ">99.9%" if 0.9995 <= share < 1 else f"{share:.1%}"
+
+
+def text_bars(counts: Sequence[float]) -> str:
+    """Draw counts as bars, a character each; the highest is full, and only 0 is blank."""
+    peak = max(counts, default=0)
+    return "".join(
+        " " if count <= 0 else _BARS[max(0, math.ceil(count * len(_BARS) / peak) - 1)]
+        for count in counts
+    )
 
 
 def text_signal(number: int) -> str:

@@ -22,7 +22,7 @@ PATH = "sys/kernel/btf/vmlinux"
 
 _MAGIC = 0xEB9F
 _HEADER = struct.Struct("=HBBIIIII")
-_PTR, _STRUCT, _UNION, _FWD, _TYPEDEF = 2, 4, 5, 7, 8
+_PTR, _STRUCT, _UNION, _ENUM, _FWD, _TYPEDEF = 2, 4, 5, 6, 7, 8
 _VOLATILE, _CONST, _RESTRICT, _FUNC, _FUNC_PROTO = 9, 10, 11, 12, 13
 _TYPE_TAG = 18
 _LAST_KIND = 19
@@ -285,6 +285,22 @@ class Btf:
             bits += member.offset_bits
             current = self._record(member.type_id)
         return bits // 8
+
+    def enumerators(self, name: str) -> Mapping[str, int] | None:
+        """List an enum's names and values; None where there is no such enum of 32 bits.
+
+        Raises:
+            KernelInterfaceError: several enums of that name differ.
+        """
+        found: dict[str, int] | None = None
+        for type_id in self._find(name, (_ENUM,)):
+            start = self._start(type_id)
+            entries = self._words[start + 3 : start + 3 + 2 * (self._words[start + 1] & 0xFFFF)]
+            values = {self._name(entries[at]): entries[at + 1] for at in range(0, len(entries), 2)}
+            if found is not None and found != values:
+                raise KernelInterfaceError(f"BTF has several different enums {name}")
+            found = values
+        return found
 
     def function_ids(self, name: str) -> tuple[int, ...]:
         """List the BTF ids of the functions of one name; empty where it was inlined or is absent.

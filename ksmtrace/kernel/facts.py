@@ -16,12 +16,14 @@ from typing import Any, TypeVar
 from ksmtrace.errors import CannotRun, KernelInterfaceError
 from ksmtrace.kernel import kallsyms, loading, numa, privileges, procfs, sysfs, tracefs, vmstat
 from ksmtrace.kernel.btf import Btf
-from ksmtrace.kernel.files import ROOT, read_file, read_text
+from ksmtrace.kernel.files import ROOT, parse_int, read_file, read_text
 from ksmtrace.kernel.probes import KpfProbe, LoadProbe
 
 OFFSETS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "ksm_rmap_item.address": (("ksm_rmap_item", "rmap_item"), "address"),
     "ksm_rmap_item.oldchecksum": (("ksm_rmap_item", "rmap_item"), "oldchecksum"),
+    "ksm_rmap_item.age": (("ksm_rmap_item",), "age"),
+    "ksm_rmap_item.remaining_skips": (("ksm_rmap_item",), "remaining_skips"),
     "ksm_rmap_item.mm": (("ksm_rmap_item", "rmap_item"), "mm"),
     "ksm_rmap_item.head": (("ksm_rmap_item", "rmap_item"), "head"),
     "ksm_rmap_item.hlist": (("ksm_rmap_item", "rmap_item"), "hlist"),
@@ -35,6 +37,25 @@ OFFSETS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "vm_area_struct.vm_mm": (("vm_area_struct",), "vm_mm"),
     # At the same place in both (include/linux/mm_types.h:FOLIO_MATCH); page is to lose it.
     "page.mapping": (("page", "folio"), "mapping"),
+    # Its lowest bit says that the page is not the first of a compound one: it lies over
+    # compound_head (include/linux/mm_types.h), which was renamed in 7.x.
+    "page.lru": (("page", "folio"), "lru"),
+    "vm_fault.vma": (("vm_fault",), "vma"),
+    "vm_fault.address": (("vm_fault",), "address"),
+    "vm_fault.flags": (("vm_fault",), "flags"),
+    "vm_fault.orig_pte": (("vm_fault",), "orig_pte"),
+    # Read by ksmtrace.kernel.process_events: pyroute2 knows the struct up to an older version.
+    "taskstats.wpcopy_count": (("taskstats",), "wpcopy_count"),
+    "taskstats.wpcopy_delay_total": (("taskstats",), "wpcopy_delay_total"),
+    "page.flags": (("page",), "flags"),
+    "page._refcount": (("page",), "_refcount"),
+    "page._mapcount": (("page",), "_mapcount"),
+    "page.compound_order": (("page",), "compound_order"),
+    "folio._folio_order": (("folio",), "_folio_order"),
+    "folio._flags_1": (("folio",), "_flags_1"),
+    "folio._large_mapcount": (("folio",), "_large_mapcount"),
+    "mm_struct.mm_users": (("mm_struct",), "mm_users"),
+    "mm_struct.pgd": (("mm_struct",), "pgd"),
     "mm_walk.mm": (("mm_walk",), "mm"),
     "mm_walk.private": (("mm_walk",), "private"),
     "ksm_next_page_arg.page": (("ksm_next_page_arg",), "page"),
@@ -43,6 +64,10 @@ OFFSETS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "mm_struct.ksm_merging_pages": (("mm_struct",), "ksm_merging_pages"),
     "mm_struct.ksm_rmap_items": (("mm_struct",), "ksm_rmap_items"),
     "mm_struct.ksm_zero_pages": (("mm_struct",), "ksm_zero_pages"),
+    "mm_struct.mmap_lock": (("mm_struct",), "mmap_lock"),
+    "mutex.owner": (("mutex",), "owner"),
+    "rw_semaphore.owner": (("rw_semaphore",), "owner"),
+    "task_struct.flags": (("task_struct",), "flags"),
     "task_struct.tgid": (("task_struct",), "tgid"),
     "task_struct.se.sum_exec_runtime": (("task_struct",), "se.sum_exec_runtime"),
     "task_struct.sched_info.run_delay": (("task_struct",), "sched_info.run_delay"),
@@ -91,10 +116,32 @@ FUNCTIONS = (
     "remove_stable_node",
     "stable_tree_insert",
     "rmap_walk_ksm",
+    "ksm_memory_callback",
+    "__mutex_lock_slowpath",
+    "rwsem_down_read_slowpath",
+    "rwsem_down_write_slowpath",
+    "__split_huge_page_to_list_to_order",
+    "split_huge_page_to_list_to_order",
+    "split_huge_page_to_list",
+    "try_to_migrate",
+    "try_to_unmap",
+    "mm_find_pmd",
 )
 """Functions, most of mm/ksm.c, whose visibility matters; an inlined one has no BTF."""
 
-NEIGHBOUR_TRACEPOINTS = ("contention_begin", "contention_end", "mm_migrate_pages")
+PAGE_FLAGS = ("locked", "head", "swapcache", "lru")
+"""Bits of page.flags that ksmtrace asks about (include/linux/page-flags.h: enum pageflags)."""
+
+MEMORY_ACTIONS = {
+    "MEM_ONLINE": 1, "MEM_GOING_OFFLINE": 2, "MEM_OFFLINE": 4, "MEM_GOING_ONLINE": 8,
+    "MEM_CANCEL_ONLINE": 16, "MEM_CANCEL_OFFLINE": 32,
+}  # fmt: skip
+"""The macros of include/linux/memory.h, which no BTF has."""
+
+NEIGHBOUR_TRACEPOINTS = (
+    *("contention_begin", "contention_end", "mm_migrate_pages", "sched_switch"),
+    *("mmap_lock_acquire_returned", "mmap_lock_released"),
+)
 """Tracepoints of other groups that touch on KSM's work."""
 
 _NOTE = struct.Struct("=III")
@@ -157,6 +204,9 @@ class Facts:
         offsets: bytes, per key of :data:`OFFSETS`.
         rmap_item_bytes: sizeof(struct ksm_rmap_item), None where unknown.
         page_struct_bytes: sizeof(struct page), None where unknown.
+        page_flags: per name of :data:`PAGE_FLAGS` the bit's number in page.flags.
+        memory_actions: what memory hotplug tells notifiers, by name: enum memory_block_state,
+            before which (7.0) the names were macros, those of :data:`MEMORY_ACTIONS`.
         functions: per name of :data:`FUNCTIONS`, the number of arguments of a function of its own
             (BTF FUNC): 0 for ``(void)``, None where it is inlined or absent.
         tracepoints: every ``ksm_*`` tracepoint that this kernel has, and those of
@@ -171,6 +221,8 @@ class Facts:
         headers: trees of kernel headers, those of the running kernel first.
         bcc_installed: whether Python finds the module bcc.
         ksmd_pid: None where there is no ksmd to be seen.
+        task_delayacct: kernel.task_delayacct: 1 where the kernel accounts the delays of tasks that
+            begin while it is so; None where there is no such setting (before 5.14).
         unknown: reason by field's name.
     """
 
@@ -187,6 +239,8 @@ class Facts:
     offsets: Mapping[str, int | None] | None
     rmap_item_bytes: int | None
     page_struct_bytes: int | None
+    page_flags: Mapping[str, int | None] | None
+    memory_actions: Mapping[str, int]
     functions: Mapping[str, int | None] | None
     tracepoints: Mapping[str, Tracepoint] | None
     tracefs_mounted: bool | None
@@ -197,7 +251,17 @@ class Facts:
     headers: tuple[str, ...]
     bcc_installed: bool
     ksmd_pid: int | None
+    task_delayacct: int | None
     unknown: Mapping[str, str]
+
+    @property
+    def copy_delay_offsets(self) -> tuple[int, int] | None:
+        """Where struct taskstats has a process's copies on write and their delay; None: nowhere."""
+        offsets = self.offsets or {}
+        count, delay = (
+            offsets.get(f"taskstats.{member}") for member in ("wpcopy_count", "wpcopy_delay_total")
+        )
+        return None if count is None or delay is None else (count, delay)
 
     def as_json(self) -> dict[str, Any]:
         """Return the facts as plain JSON types; keys are the attributes' names.
@@ -262,7 +326,7 @@ def read_facts(root: Path = ROOT, probe: bool = True) -> Facts:
     if skipped is not None:
         gathering.unknown["loading"] = gathering.unknown["kpf_ksm"] = skipped
     without_btf = gathering.unknown.get("btf")
-    for field in ("offsets", "functions", "rmap_item_bytes", "page_struct_bytes"):
+    for field in ("offsets", "functions", "rmap_item_bytes", "page_struct_bytes", "page_flags"):
         if without_btf is not None:
             gathering.unknown[field] = without_btf
     page_size_bytes = _read_page_size(root)
@@ -286,6 +350,8 @@ def read_facts(root: Path = ROOT, probe: bool = True) -> Facts:
         page_struct_bytes=None
         if btf is None
         else attempt("page_struct_bytes", lambda: _read_page_struct_bytes(btf)),
+        page_flags=None if btf is None else attempt("page_flags", lambda: _read_page_flags(btf)),
+        memory_actions=(btf and btf.enumerators("memory_block_state")) or MEMORY_ACTIONS,
         functions=None
         if btf is None
         else attempt("functions", lambda: {n: btf.function_arguments(n) for n in FUNCTIONS}),
@@ -294,7 +360,11 @@ def read_facts(root: Path = ROOT, probe: bool = True) -> Facts:
         symbols=attempt(
             "symbols",
             lambda: kallsyms.read_symbols(
-                (*FUNCTIONS, *kallsyms.KSM_OBJECTS, *kallsyms.MEMORY_OBJECTS), root
+                (
+                    *(*FUNCTIONS, *kallsyms.MUTEX_FUNCTIONS),
+                    *(*kallsyms.KSM_OBJECTS, *kallsyms.MEMORY_OBJECTS),
+                ),
+                root,
             ),
         ),
         privileges=held,
@@ -305,6 +375,7 @@ def read_facts(root: Path = ROOT, probe: bool = True) -> Facts:
         headers=_find_headers(root, kernel.release),
         bcc_installed=importlib.util.find_spec("bcc") is not None,
         ksmd_pid=attempt("ksmd_pid", lambda: procfs.find_ksmd(root)),
+        task_delayacct=attempt("task_delayacct", lambda: _read_task_delayacct(root)),
         unknown=gathering.unknown,
     )
 
@@ -359,6 +430,12 @@ def _read_page_size(root: Path) -> int:
     return mmap.PAGESIZE
 
 
+def _read_task_delayacct(root: Path) -> int | None:
+    path = f"{root}/proc/sys/kernel/task_delayacct"
+    content = read_file(path)
+    return None if content is None else parse_int(content, path)
+
+
 def _read_list(path: str) -> tuple[int, ...] | None:
     text = read_text(path)
     if text is None:
@@ -396,6 +473,13 @@ def _read_page_struct_bytes(btf: Btf) -> int:
     if size is None:
         raise KernelInterfaceError("BTF has no struct page")
     return size
+
+
+def _read_page_flags(btf: Btf) -> dict[str, int | None]:
+    numbers = btf.enumerators("pageflags")
+    if numbers is None:
+        raise KernelInterfaceError("BTF has no enum pageflags")
+    return {name: numbers.get(f"PG_{name}") for name in PAGE_FLAGS}
 
 
 def _read_tracepoints(

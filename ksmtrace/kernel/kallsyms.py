@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ KSM_OBJECTS = (
     "ksm_mm_head",
     "migrate_nodes",
     "one_stable_tree",
+    "ksm_merge_across_nodes",
     "ksm_pages_scanned",
     "ksm_pages_skipped",
     "ksm_zero_pages",
@@ -35,12 +37,22 @@ KSM_OBJECTS = (
 Their type letter says nothing: .data objects carry ``t`` on kernels from 7.2.
 """
 
-MEMORY_OBJECTS = ("vmemmap_base",)
+MEMORY_OBJECTS = ("vmemmap_base", "physical_mask")
 """Objects of the memory model; listed only by a kernel with CONFIG_KALLSYMS_ALL.
 
 ``vmemmap_base`` holds the address of the ``struct page`` of frame 0 on x86_64, which KASLR moves
 at boot (arch/x86/mm/kaslr.c:kernel_randomize_memory); other machines have a constant instead.
+``physical_mask`` holds the bits that a physical address can have where that is found out at boot
+(arch/x86/include/asm/page_types.h, CONFIG_DYNAMIC_PHYSICAL_MASK): memory encryption takes one away.
 """
+
+MUTEX_FUNCTIONS = (
+    "mutex_lock",
+    "__mutex_lock_slowpath",
+    "__mutex_lock",
+    "__mutex_lock.constprop.0",
+)
+"""Functions of kernel/locking/mutex.c through which a task comes to wait."""
 
 
 @dataclass(frozen=True)
@@ -107,3 +119,38 @@ def _find(content: bytes, name: str, path: str) -> list[int]:
                 raise KernelInterfaceError(f"{path} has the line {line[:60]!r}") from None
         at = content.find(pattern, end)
     return found
+
+
+class Symbolizer:
+    """Names for addresses in the kernel's text, of the running kernel as it is now.
+
+    Args:
+        root: the tree to read from.
+
+    Raises:
+        KernelInterfaceError: /proc/kallsyms is absent or unreadable.
+    """
+
+    def __init__(self, root: Path = ROOT) -> None:
+        path = f"{root}/proc/kallsyms"
+        content = read_file(path)
+        if not content:
+            raise KernelInterfaceError(
+                f"there is no {path}", "boot a kernel with CONFIG_KALLSYMS=y"
+            )
+        lines = (line.split(None, 3) for line in content.splitlines())
+        # Of data there may be any amount between two functions: only text has names for us.
+        named = sorted(
+            (int(line[0], 16), line[2].decode(errors="replace"))
+            for line in lines
+            if len(line) >= 3 and line[1] in b"tTwW"
+        )
+        self._addresses = [address for address, _ in named]
+        self._names = [name for _, name in named]
+
+    def name(self, address: int) -> str:
+        """Return ``function+0xoffset``, or the bare address where nothing is known."""
+        at = bisect.bisect_right(self._addresses, address) - 1
+        if at < 0 or not self._addresses[at]:
+            return f"{address:#x}"
+        return f"{self._names[at]}+{address - self._addresses[at]:#x}"

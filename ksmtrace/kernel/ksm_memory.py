@@ -7,11 +7,12 @@ BTF, without any lock and without a program in the kernel. What is found is told
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -276,23 +277,19 @@ class KsmMemoryReader:
     def __enter__(self) -> KsmMemoryReader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Close the kernel's memory."""
         self.kcore.close()
 
-    def read(self, attempts: int = ATTEMPTS) -> KsmMemory:
+    def read(self, attempts: int = ATTEMPTS, pause_s: float = 0.0) -> KsmMemory:
         """Read everything, anew where the kernel changed meanwhile.
 
         Args:
             attempts: the most readings to make.
+            pause_s: how long to wait between two of them.
 
         Returns:
             The first consistent reading; the last one where none was: see
@@ -304,6 +301,8 @@ class KsmMemoryReader:
         memory: KsmMemory | None = None
         lost: UnmappedAddress | None = None
         for attempt in range(1, attempts + 1):
+            if attempt > 1:
+                time.sleep(pause_s)
             self.kcore.forget()
             try:
                 memory = _Walk(self.kcore, self._layout, self._addresses).run(attempt)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ksmtrace.kernel.pages import (
     read_pagemap,
 )
 from ksmtrace.kernel.probes import KpfProbe
-from ksmtrace.kernel.procfs import iter_pids, read_ksm_stat, read_smaps_ksm
+from ksmtrace.kernel.procfs import MappingKsm, iter_pids, read_ksm_stat, read_smaps_ksm
 
 RANGE_DTYPE = np.dtype([("pid", "i4"), ("start", "u8"), ("end", "u8")])
 """One mergeable mapping: its process, first address, first address after it."""
@@ -58,6 +59,7 @@ places of mergeable mappings it is mapped; less than ``mapcount`` where others m
 
 Array = npt.NDArray[Any]
 Bools = npt.NDArray[np.bool_]
+Counts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,10 @@ class PageTruth:
         ranges: the mergeable mappings, by pid and address; :data:`RANGE_DTYPE`.
         pages: their present pages, by pid and address; :data:`PAGE_DTYPE`.
         kpf_ksm: whether KPF_KSM tells KSM pages from other anonymous ones on this kernel. Where it
-            does not, ``is_ksm`` is 0 only where the flag is clear or the page is part of a huge
-            one, and otherwise -1: :meth:`merged_frames` is what is left.
+            does not, ``is_ksm`` is 0 where the flag is clear or the page is part of a huge one, 1
+            where one mm maps the page twice, which nothing else brings about, and 0 or 1 where the
+            count of KSM pages in smaps (6.6 and later) settles it; otherwise -1:
+            :meth:`merged_frames` is what is left.
         nr_processes: processes with mergeable mappings, those that vanished not counted.
         nr_vanished: processes that ended before all of theirs was read; none of it is here.
         nr_swapped: pages of these mappings that are swapped out, or being moved.
@@ -140,16 +144,19 @@ def read_page_truth(
     probe = probe_kpf_ksm() if kpf_ksm is None else kpf_ksm
     nr_vanished = nr_swapped = 0
     ranges: list[tuple[int, int, int]] = []
+    counted: list[int] = []
     pages: list[Array] = []
     for pid in iter_pids(root) if pids is None else sorted(pids):
-        mergeable = _mergeable_ranges(pid, root)
-        if not mergeable:
+        mappings = _mergeable_mappings(pid, root)
+        if not mappings:
             continue
+        mergeable = [(pid, mapping.start, mapping.end) for mapping in mappings]
         entries = _read_ranges(mergeable, root)
         if entries is None:
             nr_vanished += 1
             continue
         ranges.extend(mergeable)
+        counted += [-1 if (size := m.ksm_bytes) is None else size // PAGESIZE for m in mappings]
         nr_swapped += int((entries["entry"] & np.uint64(PM_SWAP) != 0).sum())
         pages.append(_present(entries))
 
@@ -157,6 +164,8 @@ def read_page_truth(
     found["kpageflags"] = read_kpageflags(found["pfn"], root)
     found["mapcount"] = read_kpagecount(found["pfn"], root)
     found["is_ksm"] = _is_ksm(found["kpageflags"], probe)
+    if not probe.truthful:
+        _settle(found, ranges, np.array(counted, np.int64))
 
     # A frame may have been freed and used again before its flags were read.
     kept, left, nr_moved = [np.zeros(0, PAGE_DTYPE)], [], 0
@@ -183,13 +192,12 @@ def read_page_truth(
 
 
 # The mergeable mappings of a process: none where it is gone too.
-def _mergeable_ranges(pid: int, root: Path) -> list[tuple[int, int, int]]:
+def _mergeable_mappings(pid: int, root: Path) -> list[MappingKsm]:
     stat = read_ksm_stat(pid, root)
     # Where the kernel tells (6.16 and later) smaps, which walks page tables, is read of few only.
     if stat is None or stat["ksm_mergeable"] == "no":
         return []
-    mappings = read_smaps_ksm(pid, root) or []
-    return [(pid, mapping.start, mapping.end) for mapping in mappings if mapping.mergeable]
+    return [mapping for mapping in read_smaps_ksm(pid, root) or [] if mapping.mergeable]
 
 
 def _by_pid(
@@ -238,6 +246,36 @@ def _is_ksm(flags: Array, probe: KpfProbe) -> Array:
     # mm/ksm.c:try_to_merge_one_page splits huge pages first.
     is_part = has_flag(flags, "COMPOUND_HEAD") | has_flag(flags, "COMPOUND_TAIL")
     return np.where(flagged & ~is_part, -1, 0).astype(np.int8)
+
+
+# Tells what follows where the flag does not tell. Both pages and ranges are by pid and address;
+# counted is the number of KSM pages in each range, -1 unknown.
+def _settle(pages: Array, ranges: list[tuple[int, int, int]], counted: Counts) -> None:
+    frames, frame = np.unique(pages["pfn"], return_inverse=True)
+    pids, who = np.unique(pages["pid"], return_inverse=True)
+    range_of = np.zeros(len(pages), np.intp)
+    chosen = np.array(ranges, RANGE_DTYPE)
+    for pid in pids:
+        mine, first = pages["pid"] == pid, int(np.searchsorted(chosen["pid"], pid))
+        starts = chosen["start"][chosen["pid"] == pid]
+        range_of[mine] = first + np.searchsorted(starts, pages["address"][mine], side="right") - 1
+
+    # Fork maps a page in one more mm; that one mm maps it twice, nothing but KSM brings about.
+    places, times = np.unique(frame * len(pids) + who, return_counts=True)
+    settled = np.full(len(frames), -1, np.int8)
+    settled[frame[pages["is_ksm"] == 0]] = 0
+    settled[(places // len(pids))[times > 1]] = 1
+    # What one range's count settles may settle what is left in another.
+    before = -1
+    while (settled >= 0).sum() > before:
+        before = int((settled >= 0).sum())
+        known = settled[frame]
+        left = counted - np.bincount(range_of[known == 1], minlength=len(chosen))
+        open_ones = np.bincount(range_of[known < 0], minlength=len(chosen))
+        for value, is_so in ((0, left == 0), (1, left == open_ones)):
+            is_so &= (counted >= 0) & (open_ones > 0)
+            settled[frame[(known < 0) & is_so[range_of]]] = value
+    pages["is_ksm"] = settled[frame]
 
 
 # Which of one process's pages are the same in another reading.

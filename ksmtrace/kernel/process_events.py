@@ -209,6 +209,7 @@ def _refusal(error: OSError) -> PrivilegeMissing | KernelFeatureMissing:
     )
 
 
+_ATTRIBUTE_HEAD_BYTES = 4  # struct nlattr
 _TASKSTATS_KEYS = {
     "cpu_count": "cpu_count",
     "cpu_delay_total": "cpu_delay_total_ns",
@@ -245,3 +246,67 @@ def read_taskstats(pid: int) -> dict[str, int] | None:
     if stats is None or stats["ac_pid"] != pid:
         return None
     return {key: stats[field] for field, key in _TASKSTATS_KEYS.items() if field in stats}
+
+
+class CopyDelays:
+    """Asks how long processes were delayed by copies on write, over the taskstats netlink family.
+
+    The kernel's delay accounting counts every call of mm/memory.c:wp_page_copy, of KSM pages and
+    others, by tasks that began while kernel.task_delayacct was 1 (kernel/delayacct.c). pyroute2's
+    record of the struct ends before these members, so they are read by their offsets.
+
+    Args:
+        count_offset: offset of taskstats.wpcopy_count, from BTF.
+        delay_offset: offset of taskstats.wpcopy_delay_total, from BTF.
+
+    Raises:
+        KernelFeatureMissing: no CONFIG_TASKSTATS, or not permitted (CAP_NET_ADMIN).
+    """
+
+    def __init__(self, count_offset: int, delay_offset: int) -> None:
+        from pyroute2 import TaskStats
+        from pyroute2.netlink.exceptions import NetlinkError
+
+        self._offsets = count_offset, delay_offset
+        self._socket = TaskStats()
+        try:
+            self._socket.bind()
+        except (NetlinkError, OSError) as error:
+            self._socket.close()
+            raise KernelFeatureMissing(
+                f"taskstats cannot be asked for: {error}",
+                "run as root, on a kernel with CONFIG_TASKSTATS=y and CONFIG_TASK_DELAY_ACCT=y",
+            ) from error
+
+    def read(self, pid: int) -> dict[str, int] | None:
+        """Read the delays of a process's living threads, together.
+
+        Returns:
+            ``wpcopy_count`` and ``wpcopy_delay_ns``, since the threads began; None where the
+            process is gone.
+        """
+        from pyroute2.netlink import NLM_F_REQUEST, taskstats
+        from pyroute2.netlink.exceptions import NetlinkError
+
+        request = taskstats.tcmd()
+        request["cmd"], request["version"] = taskstats.TASKSTATS_CMD_GET, 1
+        request["attrs"].append(["TASKSTATS_CMD_ATTR_TGID", pid])
+        try:
+            (answer,) = self._socket.nlm_request(
+                request, msg_type=self._socket.prid, msg_flags=NLM_F_REQUEST
+            )
+        except (NetlinkError, OSError, ValueError):
+            return None
+        aggregate = answer.get_attr("TASKSTATS_TYPE_AGGR_TGID")
+        stats = aggregate.get_attr("TASKSTATS_TYPE_STATS") if aggregate is not None else None
+        if stats is None:
+            return None
+        content = stats.data[stats.offset + _ATTRIBUTE_HEAD_BYTES : stats.offset + stats.length]
+        if len(content) < max(self._offsets) + 8:
+            return None
+        count, delay_ns = (struct.unpack_from("=Q", content, at)[0] for at in self._offsets)
+        return {"wpcopy_count": count, "wpcopy_delay_ns": delay_ns}
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()

@@ -17,8 +17,9 @@ STRUCTS = {
     *("rmap_item", "ksm_rmap_item", "stable_node", "ksm_stable_node"),
     *("mm_slot", "ksm_mm_slot", "ksm_scan", "mm_struct", "task_struct"),
     *("sched_entity", "sched_info", "vm_area_struct", "page", "folio"),
-    *("mm_walk", "ksm_next_page_arg"),
+    *("mm_walk", "ksm_next_page_arg", "mutex", "rw_semaphore", "vm_fault", "taskstats"),
 }
+ENUMS = {"pageflags"}
 FUNCTIONS = {
     *("cmp_and_merge_page", "try_to_merge_one_page", "try_to_merge_with_ksm_page"),
     *("break_ksm", "break_ksm_pmd_entry", "break_cow", "calc_checksum", "write_protect_page"),
@@ -29,10 +30,22 @@ FUNCTIONS = {
     *("should_skip_rmap_item", "folio_migrate_ksm", "ksm_migrate_page", "rmap_walk_ksm"),
     *("ksm_might_need_to_copy", "unmerge_ksm_pages", "ksm_madvise", "__ksm_enter", "__ksm_exit"),
     *("ksm_scan_thread", "wait_while_offlining", "lru_add_drain_all", "memcmp_pages"),
-    "run_store",
+    *("run_store", "ksm_memory_callback", "__mutex_lock_slowpath"),
+    *("rwsem_down_read_slowpath", "rwsem_down_write_slowpath"),
+    *("__split_huge_page_to_list_to_order", "split_huge_page_to_list_to_order"),
+    *(
+        "split_huge_page_to_list",
+        "mm_find_pmd",
+        "try_to_migrate",
+        "try_to_unmap",
+        "remove_migration_ptes",
+    ),
     *("follow_page", "do_wp_page", "wp_page_copy", "__folio_lock", "__lock_page"),
 }
-TRACEPOINTS = ("btf_trace_ksm_", "btf_trace_contention_", "btf_trace_mm_migrate_pages")
+TRACEPOINTS = (
+    *("btf_trace_ksm_", "btf_trace_contention_", "btf_trace_mm_migrate_pages"),
+    *("btf_trace_mmap_lock_", "btf_trace_sched_switch"),
+)
 FIXED = {1: 1, 3: 3, 14: 1, 17: 1}
 ENTRY = {4: 3, 5: 3, 6: 2, 13: 2, 15: 3, 19: 3}
 
@@ -70,17 +83,20 @@ def main(full: Path, reduced: Path) -> None:
         if kind(words) in (4, 5):
             for at in range(3, len(words), 3):
                 member = types[words[at + 1]] if words[at + 1] else ()
+                if member and kind(member) == 10 and words[at] == 0:
+                    add(words[at + 1])
                 if member and kind(member) in (4, 5):
                     inner = name(member[0])
                     if inner == "" or inner in STRUCTS:
                         add(words[at + 1])
-        elif kind(words) in (2, 8, 12):
+        elif kind(words) in (2, 8, 10, 12):
             add(words[2])
 
     for number, words in enumerate(types[1:], 1):
         own = name(words[0])
         if (
             (kind(words) in (4, 5) and own in STRUCTS)
+            or (kind(words) == 6 and own in ENUMS)
             or (kind(words) == 12 and own in FUNCTIONS)
             or (kind(words) == 8 and own.startswith(TRACEPOINTS))
         ):
@@ -102,6 +118,9 @@ def main(full: Path, reduced: Path) -> None:
             for at in range(3, len(words), 3):
                 words[at] = intern(name(words[at]))
                 words[at + 1] = keep.get(words[at + 1], 0)
+        elif kind(types[number]) == 6:
+            for at in range(3, len(words), 2):
+                words[at] = intern(name(words[at]))
         elif kind(types[number]) == 13:
             words[2] = 0
             for at in range(3, len(words), 2):
