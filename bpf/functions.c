@@ -15,13 +15,15 @@
  *   SEARCHES_DERIVED        no program on stable_tree_search: see leave_get_ksm_page
  *   NARGS_break_ksm         its number of arguments: 4 where it takes a range
  *   STRUCT_PAGE_BYTES, VMEMMAP_BASE_ADDRESS
- *   KSM_SCAN_ADDRESS, KSM_RMAP_ITEMS_ADDRESS, KSM_PAGES_SKIPPED_ADDRESS, MIGRATE_NODES_ADDRESS
+ *   KSM_SCAN_ADDRESS, KSM_RMAP_ITEMS_ADDRESS, KSM_PAGES_SKIPPED_ADDRESS, MIGRATE_NODES_ADDRESS,
+ *   KSM_MERGE_ACROSS_NODES_ADDRESS
  *                           the kernel's own variables
  *   offsets as in ksm.c
  */
 #include <uapi/linux/ptrace.h>
 
 #define EBUSY 16
+#define UNSTABLE_FLAG 0x100ULL
 #define STABLE_FLAG 0x200ULL
 #define ADDRESS_MASK (~0xfffULL)
 
@@ -35,11 +37,24 @@
 enum { ENTERED, RETURNED, NR_WAYS };
 BPF_MAPPED_ARRAY(passages, u64, NR_FUNCTIONS * NR_WAYS);
 
-/* What ksmd and ksmd alone counts: no two programs write at a time. */
-enum { COUNT_VISITS, COUNT_SKIPS, COUNT_SEARCHES, NR_COUNTS = COUNT_SEARCHES + 4 };
+/* What ksmd and ksmd alone counts, so that no two programs write at a time; but for the last. */
+enum {
+	COUNT_VISITS,
+	COUNT_SKIPS,
+	COUNT_SEARCHES,
+	COUNT_ZERO_PAGE_COWS = COUNT_SEARCHES + 4,
+	NR_COUNTS,
+};
 BPF_MAPPED_ARRAY(counts, u64, NR_COUNTS);
 
-enum { HISTOGRAM_VISIT_INTERVAL_NS, HISTOGRAM_SEARCH_NODES, NR_HISTOGRAMS };
+enum {
+	HISTOGRAM_VISIT_INTERVAL_NS,
+	HISTOGRAM_SEARCH_NODES,
+	HISTOGRAM_COW_NS,
+	HISTOGRAM_BREAK_KSM_NS,
+	HISTOGRAM_GET_KSM_PAGE_NS,
+	NR_HISTOGRAMS,
+};
 #define HISTOGRAM_SLOTS 64
 BPF_MAPPED_ARRAY(histograms, u64, NR_HISTOGRAMS * HISTOGRAM_SLOTS);
 
@@ -48,6 +63,8 @@ struct call {
 	u64 args[4];
 	u64 entered_ns;
 	u64 note;
+	/* of the program at the exit */
+	void *ctx;
 };
 BPF_HASH(calls, u64, struct call, 16384);
 
@@ -68,6 +85,11 @@ struct under_way {
 	u32 looking;
 	u32 flags_before;
 	u32 oldchecksum;
+	/* what was seen of its merging */
+	u32 tried;
+	u32 appended;
+	u32 paired;
+	u32 zero_merged;
 	/* its search of the stable tree */
 	u32 searched;
 	u32 decided;
@@ -82,6 +104,12 @@ struct under_way {
 	u64 removing_kpfn;
 	u64 removing_mm;
 	u32 node_freed;
+	/* the get_ksm_page that has not returned: its thread, and where its own time begins and ends */
+	u32 lookup_tid;
+	u32 lookup_lost_cpu;
+	u64 lookup_begun_ns;
+	u64 lookup_ended_ns;
+	u64 lookup_waited_ns;
 	/* the pass, where no tracepoint tells of it */
 	u32 scanning;
 	u64 seq;
@@ -104,13 +132,36 @@ static __always_inline void count(int what, u64 by)
 		*counted += by;
 }
 
-static __always_inline void count_slot(int histogram, u64 value)
+static __always_inline u64 *slot_of(int histogram, u64 value)
 {
 	int slot = histogram * HISTOGRAM_SLOTS + (value ? bpf_log2l(value) : 0);
-	u64 *counted = histograms.lookup(&slot);
+
+	return histograms.lookup(&slot);
+}
+
+static __always_inline void count_slot(int histogram, u64 value)
+{
+	u64 *counted = slot_of(histogram, value);
 
 	if (counted)
 		*counted += 1;
+}
+
+/* The same where tasks on several CPUs count. */
+static __always_inline void count_shared(int what)
+{
+	u64 *counted = counts.lookup(&what);
+
+	if (counted)
+		__sync_fetch_and_add(counted, 1);
+}
+
+static __always_inline void count_shared_slot(int histogram, u64 value)
+{
+	u64 *counted = slot_of(histogram, value);
+
+	if (counted)
+		__sync_fetch_and_add(counted, 1);
 }
 
 static __always_inline void count_passage(int function, int way)
@@ -120,23 +171,6 @@ static __always_inline void count_passage(int function, int way)
 
 	if (counted)
 		__sync_fetch_and_add(counted, 1);
-}
-
-static __always_inline bool in_ksmd(void)
-{
-#ifdef KSMD_PID
-	return bpf_get_current_pid_tgid() >> 32 == KSMD_PID;
-#else
-	return false;
-#endif
-}
-
-static __always_inline u64 read_u64(u64 address)
-{
-	u64 value = 0;
-
-	bpf_probe_read_kernel(&value, sizeof(value), (void *)address);
-	return value;
 }
 
 static __always_inline u64 pfn_of(u64 page)
@@ -209,6 +243,42 @@ static __always_inline void keep_noted(int function, u64 *args, u64 note)
 		keep_call(function, args, note);
 }
 
+/* How many calls of filtered functions are under way that their entry's body noted. */
+BPF_ARRAY(noted_under_way, u64, 1);
+
+static __always_inline void add_noted_under_way(s64 by)
+{
+	int key = 0;
+	u64 *nr = noted_under_way.lookup(&key);
+
+	if (nr)
+		__sync_fetch_and_add(nr, by);
+}
+
+static __always_inline bool any_noted_under_way(void)
+{
+	int key = 0;
+	u64 *nr = noted_under_way.lookup(&key);
+
+	return nr && *nr;
+}
+
+/* For functions that seldom deal with KSM pages: what the body does not note is not even counted. */
+static __always_inline void keep_filtered(int function, u64 *args, u64 note)
+{
+	if (!note)
+		return;
+	count_passage(function, ENTERED);
+	keep_call(function, args, note);
+	add_noted_under_way(1);
+}
+
+static __always_inline void count_filtered(int function, u64 *args, u64 note)
+{
+	if (note)
+		count_passage(function, ENTERED);
+}
+
 /* False where the entry was not seen: the function was under way when we came. */
 static __always_inline bool take_call(int function, struct call *call)
 {
@@ -222,13 +292,29 @@ static __always_inline bool take_call(int function, struct call *call)
 	return true;
 }
 
+static __always_inline bool take_filtered(int function, struct call *call)
+{
+	if (!any_noted_under_way() || !take_call(function, call))
+		return false;
+	add_noted_under_way(-1);
+	count_passage(function, RETURNED);
+	return true;
+}
+
+static __always_inline bool is_under_way(int function)
+{
+	u64 key = (bpf_get_current_pid_tgid() << 32 >> 24) | function;
+
+	return calls.lookup(&key) != NULL;
+}
+
 /* ---- ksmd's look at one page ---- */
 
 /* The rmap_item of the page that ksmd looks at is known now. */
 static __always_inline void know_rmap_item(struct under_way *at, u64 rmap_item)
 {
 	at->rmap_item = rmap_item;
-#ifdef EVERY_PAGE
+#if defined(EVERY_PAGE) || defined(EMIT_PAGE_OUTCOMES)
 	u64 address = address_of_rmap_item(rmap_item);
 
 	at->address = address & ADDRESS_MASK;
@@ -241,6 +327,123 @@ static __always_inline void know_rmap_item(struct under_way *at, u64 rmap_item)
 #endif
 }
 
+#ifdef EMIT_PAGE_OUTCOMES
+#define SPAN_NS 1000000000ULL
+#define MOST_PAGES_OF_A_SPAN 0xffff
+
+/* What became of pages of the mm that ksmd is at, as in the event. */
+struct span {
+	u64 mm;
+	u64 begun_ns;
+	u32 nr_pages;
+	u32 outcome;
+	union {
+		u16 pages[NR_PAGE_OUTCOMES];
+		u64 words[NR_PAGE_OUTCOMES / 4];
+	};
+};
+BPF_ARRAY(spans, struct span, 1);
+
+static __always_inline struct span *span_at_hand(void)
+{
+	int key = 0;
+
+	return spans.lookup(&key);
+}
+
+static __always_inline void end_span(void)
+{
+	struct span *span = span_at_hand();
+	struct ksm_event *event;
+	struct span ended;
+
+	if (!span || !span->nr_pages)
+		return;
+	/* Empty before it is told: a writer to run may be here, and ksmd come in between. */
+	ended = *span;
+	span->nr_pages = 0;
+	span->words[0] = 0;
+	span->words[1] = 0;
+	span->words[2] = 0;
+	span->words[3] = 0;
+	event = begin(PAGE_OUTCOMES);
+	if (!event)
+		return;
+	pid_is_owner(event, ended.mm);
+	event->body[1] = ended.words[0];
+	event->body[2] = ended.words[1];
+	event->body[3] = ended.words[2];
+	event->body[4] = ended.words[3];
+	ring.ringbuf_submit(event, RB_NO_WAKEUP);
+}
+
+static __always_inline void count_page(u64 mm, u64 at_ns, u32 outcome)
+{
+	struct span *span = span_at_hand();
+
+	if (!span)
+		return;
+	/* Through the map, so that the verifier does not follow each outcome on its own. */
+	span->outcome = outcome;
+	if (span->mm != mm || at_ns - span->begun_ns > SPAN_NS ||
+	    span->nr_pages == MOST_PAGES_OF_A_SPAN)
+		end_span();
+	if (!span->nr_pages) {
+		span->mm = mm;
+		span->begun_ns = at_ns;
+	}
+	span->nr_pages++;
+	span->pages[span->outcome & (NR_PAGE_OUTCOMES - 1)]++;
+}
+
+static __always_inline bool is_mapped_more_than_once(u64 page)
+{
+	struct evidence evidence = {};
+
+	read_page(&evidence, page);
+	return evidence.mapcount > 1;
+}
+
+/* The rmap_item's, when ksmd goes on. */
+static __always_inline u32 outcome_of_visit(struct under_way *at)
+{
+	u64 flags;
+	u32 oldchecksum = 0;
+
+	if (at->zero_merged)
+		return PAGE_ZERO_PAGE;
+	if (at->appended && at->paired)
+		return PAGE_MERGED_PAIR;
+	if (at->appended)
+		return at->outcome == SEARCH_SAME_PAGE ? PAGE_FORKED : PAGE_MERGED;
+	if (at->tried)
+		return PAGE_FAILED;
+	if (at->outcome == SEARCH_BUSY)
+		return PAGE_BUSY;
+	/* Of a page that is in place already, a derived visit does not learn the rmap_item. */
+	if (!at->rmap_item)
+		return PAGE_IN_PLACE;
+	if (mm_of_rmap_item(at->rmap_item) != at->mm)
+		return PAGE_UNKNOWN;
+	flags = address_of_rmap_item(at->rmap_item);
+	if (flags & UNSTABLE_FLAG)
+		return PAGE_UNIQUE;
+	if (flags & STABLE_FLAG)
+		return PAGE_IN_PLACE;
+	bpf_probe_read_kernel(&oldchecksum, sizeof(oldchecksum),
+			      (void *)(at->rmap_item + RMAP_ITEM_OLDCHECKSUM));
+	if (oldchecksum != at->oldchecksum)
+		return at->oldchecksum ? PAGE_CHANGED : PAGE_FIRST_VISIT;
+	if (is_mapped_more_than_once(at->page))
+		return PAGE_SAME_PAGE;
+#ifdef KSM_MERGE_ACROSS_NODES_ADDRESS
+	if (!(u32)read_u64(KSM_MERGE_ACROSS_NODES_ADDRESS))
+		return PAGE_OTHER_NODE;
+#endif
+	return PAGE_UNKNOWN;
+}
+#endif
+
 /* What became of the page is known when ksmd goes on. */
 static __always_inline void end_visit(struct under_way *at)
 {
@@ -252,6 +455,9 @@ static __always_inline void end_visit(struct under_way *at)
 	if (at->last_begun_ns)
 		count_slot(HISTOGRAM_VISIT_INTERVAL_NS, at->begun_ns - at->last_begun_ns);
 	at->last_begun_ns = at->begun_ns;
+#ifdef EMIT_PAGE_OUTCOMES
+	count_page(at->mm, at->begun_ns, outcome_of_visit(at));
+#endif
 #if defined(EVERY_PAGE) && defined(EMIT_CMP_AND_MERGE_PAGE)
 	event = begin(CMP_AND_MERGE_PAGE);
 	if (event) {
@@ -298,12 +504,34 @@ static __always_inline void end_visit(struct under_way *at)
 #endif
 }
 
+/* ksmd is through with a pass, or takes no other page for now. */
+static __always_inline void pause_visits(struct under_way *at)
+{
+	end_visit(at);
+#ifdef EMIT_PAGE_OUTCOMES
+	end_span();
+#endif
+}
+
+#ifdef EMIT_PAGE_OUTCOMES
+static __always_inline void pass_ends(void)
+{
+	struct under_way *at = now_under_way();
+
+	if (at)
+		pause_visits(at);
+}
+#endif
+
 static __always_inline void begin_visit(struct under_way *at, u64 rmap_item, u64 page)
 {
 	u64 now_ns = bpf_ktime_get_ns();
 
 	end_visit(at);
 	count(COUNT_VISITS, 1);
+#if defined(KSM_PAGES_SKIPPED_ADDRESS) && (defined(VISITS_DERIVED) || defined(EMIT_PAGE_OUTCOMES))
+	at->skipped = read_u64(KSM_PAGES_SKIPPED_ADDRESS);
+#endif
 	at->begun_ns = now_ns;
 	at->rmap_item = 0;
 	at->page = page;
@@ -314,6 +542,10 @@ static __always_inline void begin_visit(struct under_way *at, u64 rmap_item, u64
 	at->decided = 0;
 	at->outcome = SEARCH_NONE;
 	at->nodes = 0;
+	at->tried = 0;
+	at->appended = 0;
+	at->paired = 0;
+	at->zero_merged = 0;
 	if (rmap_item)
 		know_rmap_item(at, rmap_item);
 }
@@ -350,9 +582,6 @@ static __always_inline void leave_ksm_next_page_pmd_entry(u64 *args, u64 result,
 	begin_visit(at, 0, at->found_page);
 	at->mm = read_u64(walk + MM_WALK_MM);
 	at->address = read_u64(found + NEXT_PAGE_ADDR);
-#ifdef KSM_PAGES_SKIPPED_ADDRESS
-	at->skipped = read_u64(KSM_PAGES_SKIPPED_ADDRESS);
-#endif
 #endif
 #endif
 }
@@ -388,6 +617,25 @@ static __always_inline void leave_stable_tree_search(u64 *args, u64 result, stru
 		at->outcome = result == args[0] ? SEARCH_SAME_PAGE : SEARCH_FOUND;
 }
 
+/* The holder of ksm_thread_mutex, as all its callers are, so that there is one at a time. */
+static __always_inline u64 enter_get_ksm_page(u64 *args)
+{
+#ifdef EMIT_GET_KSM_PAGE
+	struct under_way *at = now_under_way();
+
+	if (!at)
+		return 0;
+	at->lookup_tid = bpf_get_current_pid_tgid();
+	at->lookup_lost_cpu = 0;
+	at->lookup_ended_ns = 0;
+	at->lookup_waited_ns = 0;
+	at->lookup_begun_ns = bpf_ktime_get_ns();
+#endif
+	return 0;
+}
+
+static __always_inline void end_lookup(u64 stable_node, s64 result, struct call *call);
+
 /*
  * get_ksm_page, later ksm_get_folio: (stable_node, flags). Of its calls by ksmd, those of
  * stable_tree_search come before any merge of the page, without a lock or trying one;
@@ -398,6 +646,7 @@ static __always_inline void leave_get_ksm_page(u64 *args, u64 result, struct cal
 	struct under_way *at;
 	u32 flags = args[1];
 
+	end_lookup(args[0], result, call);
 	if (!in_ksmd())
 		return;
 	at = now_under_way();
@@ -427,6 +676,8 @@ static __always_inline u64 enter_try_to_merge_with_ksm_page(u64 *args)
 	if (!at)
 		return 0;
 	at->merging = args[0];
+	at->tried = 1;
+	merge_begins(args[1]);
 	if (at->looking && !at->decided) {
 		/* Without kpage: the first step of a new pair, after a search that found none. */
 		if (args[2]) {
@@ -451,20 +702,31 @@ static __always_inline void leave_try_to_merge_with_ksm_page(u64 *args, u64 resu
 #ifdef EMIT_KSM_MERGE_WITH_KSM_PAGE
 	struct ksm_event *event = begin(KSM_MERGE_WITH_KSM_PAGE);
 
-	if (!event)
-		return;
-	event->err = result;
-	event->pfn = pfn_of(args[2] ? args[2] : args[1]);
-	event->ksm_page = args[2];
-	add_place(event, args[0], 0, 0);
-	ring.ringbuf_submit(event, RB_NO_WAKEUP);
+	if (event) {
+		event->err = result;
+		event->pfn = pfn_of(args[2] ? args[2] : args[1]);
+		event->ksm_page = args[2];
+		add_place(event, args[0], 0, 0);
+		ring.ringbuf_submit(event, RB_NO_WAKEUP);
+	}
 #endif
+	merge_ends((s32)result, pfn_of(args[1]), args[0], mm_of_rmap_item(args[0]), 0);
 }
 
 /*
  * ksmd: (vma, struct page *page, struct page *kpage). Called by try_to_merge_with_ksm_page, or
  * else with the zero page (mm/ksm.c:cmp_and_merge_page, later try_to_merge_with_zero_page).
  */
+static __always_inline u64 enter_try_to_merge_one_page(u64 *args)
+{
+	struct under_way *at = now_under_way();
+
+	if (at && !at->merging)
+		merge_begins(args[1]);
+	merge_is_tried(args[1]);
+	return 0;
+}
+
 static __always_inline void leave_try_to_merge_one_page(u64 *args, u64 result, struct call *call)
 {
 	struct under_way *at = now_under_way();
@@ -492,9 +754,12 @@ static __always_inline void leave_try_to_merge_one_page(u64 *args, u64 result, s
 		ring.ringbuf_submit(event, RB_NO_WAKEUP);
 	}
 #endif
-#ifdef EMIT_KSM_MERGE_ONE_PAGE
 	if (at && at->merging)
 		return;
+	if (at)
+		at->zero_merged = !(s32)result;
+	merge_ends((s32)result, pfn_of(args[1]), rmap_item, mm, STEP_ZERO_PAGE);
+#ifdef EMIT_KSM_MERGE_ONE_PAGE
 	event = begin(KSM_MERGE_ONE_PAGE);
 	if (event) {
 		event->err = result;
@@ -503,6 +768,33 @@ static __always_inline void leave_try_to_merge_one_page(u64 *args, u64 result, s
 		ring.ringbuf_submit(event, RB_NO_WAKEUP);
 	}
 #endif
+}
+
+/* ksmd: (vma, page or folio, pte_t *orig_pte); it has the folio's lock. */
+static __always_inline void leave_write_protect_page(u64 *args, u64 result, struct call *call)
+{
+	struct evidence *evidence = evidence_at_hand();
+
+	if (!evidence || !evidence->page)
+		return;
+	evidence->steps |= STEP_WRITE_PROTECT;
+	if (!(s32)result)
+		evidence->steps |= STEP_WRITE_PROTECTED;
+	else
+		read_page(evidence, evidence->page);
+}
+
+/* Anyone: (mm, address). Of ksmd's merges only replace_page calls it, once contents are equal. */
+static __always_inline u64 enter_mm_find_pmd(u64 *args)
+{
+	struct evidence *evidence;
+
+	if (!in_ksmd())
+		return 0;
+	evidence = evidence_at_hand();
+	if (evidence && evidence->page && (evidence->steps & STEP_WRITE_PROTECTED))
+		evidence->steps |= STEP_IDENTICAL;
+	return 0;
 }
 
 /* rmap_hlist_len of a chain's stable_node (mm/ksm.c: STABLE_NODE_CHAIN). */
@@ -561,6 +853,12 @@ static __always_inline u64 chain_of(u64 stable_node)
 /* ksmd: (rmap_item, stable_node, bool max_page_sharing_bypass). */
 static __always_inline u64 enter_stable_tree_append(u64 *args)
 {
+	struct under_way *at = now_under_way();
+
+	if (at && at->rmap_item == args[0])
+		at->appended = 1;
+	else if (at)
+		at->paired = 1;
 #if defined(EMIT_STABLE_TREE_INSERT) && defined(STABLE_NODE_HLIST)
 	struct ksm_event *first;
 
@@ -654,6 +952,67 @@ static __always_inline void leave_stable_node_dup(u64 *args, u64 result, struct 
 
 /* ---- leaving the trees ---- */
 
+/* As should_skip_rmap_item has left it. */
+static __always_inline void emit_skip(u64 rmap_item, u64 mm)
+{
+#if defined(EVERY_PAGE) && defined(EMIT_SHOULD_SKIP_RMAP_ITEM)
+	struct ksm_event *event = begin(SHOULD_SKIP_RMAP_ITEM);
+
+	if (!event)
+		return;
+	add_place(event, rmap_item, mm, 0);
+	bpf_probe_read_kernel(&event->age, 1, (void *)(rmap_item + RMAP_ITEM_AGE));
+	bpf_probe_read_kernel(&event->remaining_skips, 1,
+			      (void *)(rmap_item + RMAP_ITEM_REMAINING_SKIPS));
+	ring.ringbuf_submit(event, RB_NO_WAKEUP);
+#endif
+}
+
+#ifdef EMIT_PAGE_OUTCOMES
+/*
+ * An rmap_item leaves the trees that is neither of the page that ksmd looks at, nor of one that it
+ * merges: should_skip_rmap_item does that, once it has counted the skip; get_next_rmap_item and
+ * remove_trailing_rmap_items, for pages that are not there any more; and unmerging.
+ */
+static __always_inline void passes_by(struct under_way *at, u64 rmap_item, u64 address)
+{
+	u64 mm = mm_of_rmap_item(rmap_item);
+	u32 outcome = PAGE_GONE;
+	u32 users = 1;
+
+	if (at->merging || !at->begun_ns)
+		return;
+#ifdef MM_USERS
+	bpf_probe_read_kernel(&users, sizeof(users), (void *)(mm + MM_USERS));
+#endif
+	if (at->looking && at->rmap_item == rmap_item && users && in_ksmd())
+		return;
+#ifdef VISITS_DERIVED
+	/* Before ksmd takes the page that it has found, it drops what was in front of it. */
+	if (!(at->looking && !at->rmap_item && at->mm == mm && users &&
+	      (address & ADDRESS_MASK) < at->address && in_ksmd()))
+		end_visit(at);
+#else
+	end_visit(at);
+#endif
+	if (!in_ksmd())
+		return;
+	if (!users)
+		outcome = PAGE_MM_EXITS;
+#ifdef KSM_PAGES_SKIPPED_ADDRESS
+	u64 skipped = read_u64(KSM_PAGES_SKIPPED_ADDRESS);
+
+	if (skipped != at->skipped) {
+		outcome = PAGE_SKIPPED;
+		at->skipped = skipped;
+		count(COUNT_SKIPS, 1);
+		emit_skip(rmap_item, mm);
+	}
+#endif
+	count_page(mm, bpf_ktime_get_ns(), outcome);
+}
+#endif
+
 /* Whoever holds ksm_thread_mutex: (rmap_item). */
 static __always_inline u64 enter_remove_rmap_item_from_tree(u64 *args)
 {
@@ -673,10 +1032,15 @@ static __always_inline u64 enter_remove_rmap_item_from_tree(u64 *args)
 		if (read_u64(KSM_PAGES_SKIPPED_ADDRESS) != at->skipped) {
 			at->looking = 0;
 			count(COUNT_VISITS, -1ULL);
+#ifndef EMIT_PAGE_OUTCOMES
 			count(COUNT_SKIPS, 1);
+#endif
 		}
 #endif
 	}
+#ifdef EMIT_PAGE_OUTCOMES
+	passes_by(at, rmap_item, address);
+#endif
 	at->removing = 0;
 #ifdef RMAP_ITEM_HEAD
 	if (address & STABLE_FLAG) {
@@ -743,6 +1107,11 @@ static __always_inline u64 enter_remove_node_from_stable_tree(u64 *args)
 
 	if (at && at->removing && at->removing_node == stable_node)
 		at->node_freed = 1;
+#ifdef EMIT_GET_KSM_PAGE
+	/* get_ksm_page has found it stale. */
+	if (at && at->lookup_tid == (u32)bpf_get_current_pid_tgid())
+		at->lookup_ended_ns = bpf_ktime_get_ns();
+#endif
 #if defined(EMIT_KSM_REMOVE_RMAP_ITEM) && defined(STABLE_NODE_HLIST) && defined(RMAP_ITEM_HLIST)
 	u64 node = read_u64(stable_node + STABLE_NODE_HLIST);
 	int i;
@@ -793,6 +1162,8 @@ static __always_inline void leave_break_ksm(u64 *args, u64 result, struct call *
 	event->end_address = args[2];
 #endif
 	event->duration_ns = call->entered_ns ? event->ts_ns - call->entered_ns : 0;
+	if (event->duration_ns)
+		count_shared_slot(HISTOGRAM_BREAK_KSM_NS, event->duration_ns);
 #ifdef VMA_MM
 	pid_is_owner(event, read_u64(args[0] + VMA_MM));
 #endif
@@ -817,7 +1188,7 @@ static __always_inline void leave_run_store(u64 *args, u64 result, struct call *
 
 	/* It has had ksm_thread_mutex: ksmd is through with its page, and takes no other now. */
 	if (at && call->note != '1')
-		end_visit(at);
+		pause_visits(at);
 	event = begin(RUN_STORE);
 	if (!event)
 		return;
@@ -856,8 +1227,20 @@ static __always_inline u64 enter_ksm_migrate_page(u64 *args)
 	return kpfn_of(stable_node ? stable_node : node_of_ksm_page(args[1]));
 }
 
+#ifdef EMIT_REMOVE_MIGRATION_PTES
+/* The old page, by the new one, until its mappings point to that. */
+BPF_TABLE("lru_hash", u64, u64, moved_from, 4096);
+#endif
+
 static __always_inline void leave_ksm_migrate_page(u64 *args, u64 result, struct call *call)
 {
+#ifdef EMIT_REMOVE_MIGRATION_PTES
+	u64 new_page = args[0];
+	u64 old_page = args[1];
+
+	if (node_of_ksm_page(new_page))
+		moved_from.update(&new_page, &old_page);
+#endif
 #ifdef EMIT_KSM_MIGRATE_PAGE
 	u64 stable_node = node_of_ksm_page(args[0]);
 	struct ksm_event *event;
@@ -921,6 +1304,7 @@ static __always_inline void stop_scan_if_over(struct under_way *at)
 	if (!at->scanning || read_u64(KSM_SCAN_ADDRESS + KSM_SCAN_SEQNR) != at->seq + 1)
 		return;
 	at->scanning = 0;
+	pause_visits(at);
 #ifdef EMIT_KSM_STOP_SCAN
 	event = begin(KSM_STOP_SCAN);
 	if (!event)
@@ -938,7 +1322,7 @@ static __always_inline u64 enter_lru_add_drain_all(u64 *args)
 
 	if (!at || !in_ksmd())
 		return 0;
-	end_visit(at);
+	pause_visits(at);
 	stop_scan_if_over(at);
 	at->scanning = 1;
 	at->seq = read_u64(KSM_SCAN_ADDRESS + KSM_SCAN_SEQNR);
@@ -952,21 +1336,8 @@ static __always_inline u64 enter_lru_add_drain_all(u64 *args)
 	return 0;
 }
 
-/*
- * ksmd leaves its CPU, which it does right after a pass: to sleep, or in cond_resched. So the
- * pass is seen to end a few microseconds late.
- */
-int on_sched_switch(struct bpf_raw_tracepoint_args *ctx)
-{
-	struct under_way *at;
-
-	if (!in_ksmd())
-		return 0;
-	at = now_under_way();
-	if (at)
-		stop_scan_if_over(at);
-	return 0;
-}
+/* For locks.c. */
+#define SCAN_ENDS_AT_SWITCH
 #endif
 
 /* ---- how the bodies are reached ---- */
@@ -978,6 +1349,8 @@ int on_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 	int JOIN(KFUNC_PREFIX, function)(u64 *ctx)                                 \
 	{                                                                          \
 		u64 args[6] = {};                                                  \
+		if (!is_recording())                                               \
+			return 0;                                                  \
 		bpf_probe_read_kernel(args, 8 * (nargs), ctx);                     \
 		count_passage(FUNCTION_##body, ENTERED);                           \
 		enter;                                                             \
@@ -990,9 +1363,12 @@ int on_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 	{                                                                          \
 		u64 args[7] = {};                                                  \
 		struct call call = {};                                             \
+		if (!is_recording())                                               \
+			return 0;                                                  \
 		bpf_probe_read_kernel(args, 8 * ((nargs) + 1), ctx);               \
 		count_passage(FUNCTION_##body, RETURNED);                          \
 		take;                                                              \
+		call.ctx = ctx;                                                    \
 		leave_##body(args, args[nargs], &call);                            \
 		return 0;                                                          \
 	}
@@ -1005,6 +1381,8 @@ int on_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 	int JOIN(KFUNC_PREFIX, function)(u64 *ctx)                                 \
 	{                                                                          \
 		u64 args[4];                                                       \
+		if (!is_recording())                                               \
+			return 0;                                                  \
 		DIRECT_ARGUMENTS_##nargs                                           \
 		count_passage(FUNCTION_##body, ENTERED);                           \
 		enter;                                                             \
@@ -1015,9 +1393,13 @@ int on_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 	int JOIN(KRETFUNC_PREFIX, function)(u64 *ctx)                              \
 	{                                                                          \
 		u64 args[4];                                                       \
+		struct call call = {};                                             \
+		if (!is_recording())                                               \
+			return 0;                                                  \
 		DIRECT_ARGUMENTS_##nargs                                           \
 		count_passage(FUNCTION_##body, RETURNED);                          \
-		leave_##body(args, ctx[nargs], NULL);                              \
+		call.ctx = ctx;                                                    \
+		leave_##body(args, ctx[nargs], &call);                             \
 		return 0;                                                          \
 	}
 
@@ -1026,10 +1408,57 @@ int on_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 #define DIRECT_ARGUMENTS_3 DIRECT_ARGUMENTS_2 args[2] = ctx[2];
 #define DIRECT_ARGUMENTS_4 DIRECT_ARGUMENTS_3 args[3] = ctx[3];
 
+/* Functions most of whose calls are none of KSM's: see take_filtered. */
+#define FENTRY_FILTERED(function, body, nargs, enter)                              \
+	int JOIN(KFUNC_PREFIX, function)(u64 *ctx)                                 \
+	{                                                                          \
+		u64 args[4] = {};                                                  \
+		if (!is_recording())                                               \
+			return 0;                                                  \
+		DIRECT_ARGUMENTS_##nargs                                           \
+		enter;                                                             \
+		return 0;                                                          \
+	}
+
+#define FEXIT_FILTERED(function, body, nargs)                                      \
+	int JOIN(KRETFUNC_PREFIX, function)(u64 *ctx)                              \
+	{                                                                          \
+		struct call call = {};                                             \
+		if (!is_recording())                                               \
+			return 0;                                                  \
+		if (take_filtered(FUNCTION_##body, &call))                         \
+			leave_##body(call.args, ctx[nargs], &call);                \
+		return 0;                                                          \
+	}
+
+#define KENTRY_FILTERED(body, enter)                                               \
+	int kentry_##body(struct pt_regs *ctx)                                     \
+	{                                                                          \
+		u64 args[4] = {ctx->di, ctx->si, ctx->dx, ctx->cx};                \
+		if (!is_recording())                                               \
+			return 0;                                                  \
+		enter;                                                             \
+		return 0;                                                          \
+	}
+
+#define KEXIT_FILTERED(body)                                                       \
+	int kexit_##body(struct pt_regs *ctx)                                      \
+	{                                                                          \
+		struct call call = {};                                             \
+		u64 result = ctx->ax;                                              \
+		if (!is_recording())                                               \
+			return 0;                                                  \
+		if (take_filtered(FUNCTION_##body, &call))                         \
+			leave_##body(call.args, result, &call);                    \
+		return 0;                                                          \
+	}
+
 #define KENTRY(body, enter)                                                        \
 	int kentry_##body(struct pt_regs *ctx)                                     \
 	{                                                                          \
 		u64 args[4] = {ctx->di, ctx->si, ctx->dx, ctx->cx};                \
+		if (!is_recording())                                               \
+			return 0;                                                  \
 		count_passage(FUNCTION_##body, ENTERED);                           \
 		enter;                                                             \
 		return 0;                                                          \
@@ -1040,9 +1469,13 @@ int on_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 	{                                                                          \
 		struct call call = {};                                             \
 		u64 result = ctx->ax;                                              \
+		if (!is_recording())                                               \
+			return 0;                                                  \
 		count_passage(FUNCTION_##body, RETURNED);                          \
-		if (take_call(FUNCTION_##body, &call))                             \
+		if (take_call(FUNCTION_##body, &call)) {                           \
+			call.ctx = ctx;                                            \
 			leave_##body(call.args, result, &call);                    \
+		}                                                                  \
 		return 0;                                                          \
 	}
 
@@ -1051,6 +1484,8 @@ int on_sched_switch(struct bpf_raw_tracepoint_args *ctx)
 	int site_##body(struct pt_regs *ctx)                                       \
 	{                                                                          \
 		u64 args[2] = {first, second};                                     \
+		if (!is_recording())                                               \
+			return 0;                                                  \
 		count_passage(FUNCTION_##body, ENTERED);                           \
 		enter_##body(args);                                                \
 		return 0;                                                          \

@@ -35,6 +35,38 @@ BPF_RINGBUF_OUTPUT(ring, RING_PAGES);
 BPF_MAPPED_ARRAY(tallies, struct tally, NR_KINDS);
 
 /*
+ * 1 while all programs are attached. To attach them takes seconds, and what a part of them sees of
+ * a ksmd at work contradicts itself: so none does anything before, nor while they are detached.
+ */
+BPF_MAPPED_ARRAY(all_attached, u64, 1);
+
+static __always_inline bool is_recording(void)
+{
+	int key = 0;
+	u64 *attached = all_attached.lookup(&key);
+
+	return attached && *attached;
+}
+
+#define ON_TRACEPOINT(tracepoint)                                                      \
+	static __always_inline int take_##tracepoint(struct bpf_raw_tracepoint_args *ctx); \
+	int on_##tracepoint(struct bpf_raw_tracepoint_args *ctx)                       \
+	{                                                                              \
+		return is_recording() ? take_##tracepoint(ctx) : 0;                    \
+	}                                                                              \
+	static __always_inline int take_##tracepoint(struct bpf_raw_tracepoint_args *ctx)
+
+#ifdef EMIT_PAGE_OUTCOMES
+/* In functions.c. */
+static __always_inline void pass_ends(void);
+#endif
+
+#ifdef FAILURES_AFTER_THE_FACT
+/* In outcomes.c. */
+static __always_inline void after_merge(u64 ksm_page, u64 pfn, u64 rmap_item, u64 mm, s64 err);
+#endif
+
+/*
  * Reserve a slot and fill the head. NULL where the ring is full: the event is
  * then counted as dropped.
  */
@@ -68,6 +100,23 @@ static __always_inline struct ksm_event *begin(u8 kind)
 		event->flags |= IN_KSMD;
 #endif
 	return event;
+}
+
+static __always_inline bool in_ksmd(void)
+{
+#ifdef KSMD_PID
+	return bpf_get_current_pid_tgid() >> 32 == KSMD_PID;
+#else
+	return false;
+#endif
+}
+
+static __always_inline u64 read_u64(u64 address)
+{
+	u64 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)address);
+	return value;
 }
 
 static __always_inline void pid_is_owner(struct ksm_event *event, u64 mm)
@@ -120,7 +169,7 @@ static __always_inline void add_pass(struct ksm_event *event, u64 seq, u64 rmap_
 }
 
 /* ksmd, cursor at the head of the mm list, under ksm_thread_mutex: (int seq, u32 rmap_entries). */
-int on_ksm_start_scan(struct bpf_raw_tracepoint_args *ctx)
+ON_TRACEPOINT(ksm_start_scan)
 {
 	struct ksm_event *event = begin(KSM_START_SCAN);
 
@@ -132,10 +181,14 @@ int on_ksm_start_scan(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /* ksmd, just before ksm_scan.seqnr++, under ksm_thread_mutex: (int seq, u32 rmap_entries). */
-int on_ksm_stop_scan(struct bpf_raw_tracepoint_args *ctx)
+ON_TRACEPOINT(ksm_stop_scan)
 {
-	struct ksm_event *event = begin(KSM_STOP_SCAN);
+	struct ksm_event *event;
 
+#ifdef EMIT_PAGE_OUTCOMES
+	pass_ends();
+#endif
+	event = begin(KSM_STOP_SCAN);
 	if (!event)
 		return 0;
 	add_pass(event, ctx->args[0], ctx->args[1]);
@@ -144,7 +197,7 @@ int on_ksm_stop_scan(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /* The end of __ksm_enter, in the task that registers (for fork: the parent): (void *mm). */
-int on_ksm_enter(struct bpf_raw_tracepoint_args *ctx)
+ON_TRACEPOINT(ksm_enter)
 {
 	struct ksm_event *event = begin(KSM_ENTER);
 
@@ -158,7 +211,7 @@ int on_ksm_enter(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /* The end of __ksm_exit, in whichever task dropped the last reference: (void *mm). */
-int on_ksm_exit(struct bpf_raw_tracepoint_args *ctx)
+ON_TRACEPOINT(ksm_exit)
 {
 	struct ksm_event *event = begin(KSM_EXIT);
 	u64 mm = ctx->args[0];
@@ -175,7 +228,7 @@ int on_ksm_exit(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /* ksmd, in try_to_merge_with_zero_page: (ulong pfn, void *rmap_item, void *mm, int err). */
-int on_ksm_merge_one_page(struct bpf_raw_tracepoint_args *ctx)
+ON_TRACEPOINT(ksm_merge_one_page)
 {
 	struct ksm_event *event = begin(KSM_MERGE_ONE_PAGE);
 
@@ -193,7 +246,7 @@ int on_ksm_merge_one_page(struct bpf_raw_tracepoint_args *ctx)
  * ksmd, every exit of try_to_merge_with_ksm_page, after mmap_read_unlock:
  * (void *ksm_page, ulong pfn, void *rmap_item, void *mm, int err).
  */
-int on_ksm_merge_with_ksm_page(struct bpf_raw_tracepoint_args *ctx)
+ON_TRACEPOINT(ksm_merge_with_ksm_page)
 {
 	struct ksm_event *event = begin(KSM_MERGE_WITH_KSM_PAGE);
 
@@ -205,11 +258,14 @@ int on_ksm_merge_with_ksm_page(struct bpf_raw_tracepoint_args *ctx)
 	pid_is_owner(event, ctx->args[3]);
 	add_rmap_item(event, ctx->args[2]);
 	ring.ringbuf_submit(event, RB_NO_WAKEUP);
+#ifdef FAILURES_AFTER_THE_FACT
+	after_merge(ctx->args[0], ctx->args[1], ctx->args[2], ctx->args[3], (s32)ctx->args[4]);
+#endif
 	return 0;
 }
 
 /* remove_node_from_stable_tree, before unlinking: (ulong pfn). ksmd, a writer of run, or hotplug. */
-int on_ksm_remove_ksm_page(struct bpf_raw_tracepoint_args *ctx)
+ON_TRACEPOINT(ksm_remove_ksm_page)
 {
 	struct ksm_event *event = begin(KSM_REMOVE_KSM_PAGE);
 
@@ -221,7 +277,7 @@ int on_ksm_remove_ksm_page(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /* The same function, for each sharer but the node's last: (ulong pfn, void *rmap_item, void *mm). */
-int on_ksm_remove_rmap_item(struct bpf_raw_tracepoint_args *ctx)
+ON_TRACEPOINT(ksm_remove_rmap_item)
 {
 	struct ksm_event *event = begin(KSM_REMOVE_RMAP_ITEM);
 
@@ -235,7 +291,7 @@ int on_ksm_remove_rmap_item(struct bpf_raw_tracepoint_args *ctx)
 }
 
 /* ksmd, before ksm_stop_scan: (s64 scan_time, ulong pages_to_scan, unsigned int cpu_percent). */
-int on_ksm_advisor(struct bpf_raw_tracepoint_args *ctx)
+ON_TRACEPOINT(ksm_advisor)
 {
 	struct ksm_event *event = begin(KSM_ADVISOR);
 

@@ -62,7 +62,9 @@ class CounterSample:
         ksm: every file of /sys/kernel/mm/ksm by name.
         vmstat: the lines of /proc/vmstat that concern KSM, by name.
         ksmd: scheduler figures of ksmd (``cpu_ns``, ``run_delay_ns``, taskstats fields).
-        processes: per pid the values of /proc/PID/ksm_stat, for processes KSM deals with.
+        processes: per pid the values of /proc/PID/ksm_stat, for processes KSM deals with, and
+            where the kernel accounts delays ``wpcopy_count`` and ``wpcopy_delay_ns``
+            (:class:`ksmtrace.kernel.process_events.CopyDelays`).
     """
 
     begin_ns: int
@@ -86,7 +88,7 @@ class ProcessSeen:
         cgroup: path in the unified hierarchy (else of the memory controller), None where unknown.
         guest: name of the guest a QEMU process runs, None for any other process.
         source: how this is known: ``proc`` (read from /proc), ``connector`` (kernel process
-            events), ``event`` (the comm in a ksm_enter event).
+            events), ``event`` (the comm in a ksm_enter event), ``memory`` (the kernel's memory).
     """
 
     ts_ns: int
@@ -100,6 +102,22 @@ class ProcessSeen:
 
 
 @dataclass(frozen=True)
+class StackSeen:
+    """One of the kernel stacks that events name by number (field ``stack``).
+
+    Attributes:
+        ts_ns: CLOCK_MONOTONIC when it was read.
+        number: its number in this recording.
+        frames: ``function+0xoffset`` of each return address, the innermost first; a bare address
+            where its function was unknown. Without the frames of our own program.
+    """
+
+    ts_ns: int
+    number: int
+    frames: list[str]
+
+
+@dataclass(frozen=True)
 class Losses:
     """The kernel-side tallies since the capture began, by kind's name.
 
@@ -107,10 +125,11 @@ class Losses:
         ts_ns: CLOCK_MONOTONIC when they were read.
         produced: events that happened.
         dropped: those of them that found the ring full.
-        counted: what is only counted (:data:`ksmtrace.capture.hooks.COUNTS`); a count that this
-            kernel does not offer is missing.
-        histograms: per name (:data:`ksmtrace.capture.hooks.HISTOGRAMS`) the count in each slot:
-            slot 0 is the value 0, slot n is from 2^(n-1) to below 2^n.
+        counted: what is only counted (:data:`ksmtrace.capture.hooks.COUNTS`), and what waits for
+            locks and holds of them come to (LOCK_TALLIES); a count that this kernel does not offer
+            is missing.
+        histograms: per name (:data:`ksmtrace.capture.hooks.HISTOGRAMS`, LOCK_HISTOGRAMS) the
+            count in each slot: slot 0 is the value 0, slot n is from 2^(n-1) to below 2^n.
         calls: per function with programs on it, how often it was entered and how often it
             returned; None where there is no program on that side.
         missed: how often the kernel did not run a program, by what it is attached to; only
@@ -167,7 +186,7 @@ class Trailer:
     notices: list[str] = field(default_factory=list)
 
 
-Item = Batch | CounterSample | ProcessSeen | Losses | Witnessed | Trailer
+Item = Batch | CounterSample | ProcessSeen | StackSeen | Losses | Witnessed | Trailer
 
 
 class Stream(Protocol):

@@ -24,6 +24,8 @@ from ksmtrace.capture.hooks import (
     FUNCTIONS,
     HISTOGRAM_SLOTS,
     HISTOGRAMS,
+    LOCK_HISTOGRAMS,
+    LOCK_TALLIES,
     Attachment,
 )
 from ksmtrace.errors import BackendUnavailable, CannotRun
@@ -39,12 +41,15 @@ RING_PAGE_BYTES = 4096
 class Programs:
     """The loaded programs: everything is attached once the constructor returns, or it raises.
 
+    They begin (:meth:`begin`) and end their work all at once, however long it takes to attach and
+    detach them.
+
     Args:
         attachments: the programs, and where each goes.
         defines: C defines for the source.
         ring_bytes: size of the ring, a power of two of at least 4096.
-        source: the C program with the maps; by default the package's ksm.c, and functions.c with
-            it where an attachment needs it.
+        source: the C program with the maps; by default the package's ksm.c and locks.c, and with
+            them the others where an attachment needs them.
 
     Raises:
         BackendUnavailable: bcc is missing, or the kernel or compiler refused; nothing stays loaded.
@@ -69,9 +74,12 @@ class Programs:
         )
         attachments = tuple(attachments)
         self._made = [attachment for attachment in attachments if attachment.text]
-        sources = [source or package / "ksm.c"]
+        sources = [source] if source else [package / "ksm.c", package / "outcomes.c"]
         if self._made:
-            sources.append(package / "functions.c")
+            sources += [package / "functions.c", package / "costs.c"]
+        self._has_locks = source is None
+        if self._has_locks:
+            sources.append(package / "locks.c")
         # One text, because bcc makes maps known within one file only.
         lines = [path.read_text() for path in sources] + [made.text for made in self._made]
         text = "\n".join([*lines, ""])
@@ -82,6 +90,7 @@ class Programs:
         flags += [f"-DKFUNC_PREFIX={self._prefixes['fentry']}"]
         flags += [f"-DKRETFUNC_PREFIX={self._prefixes['fexit']}"]
         self._attached: list[Attachment] = []
+        self._switch = np.zeros(1, np.uint64)
         self._bpf: Any = None
         try:
             with _environment("BCC_KERNEL_SOURCE", self.headers), _stderr_held() as said:
@@ -101,6 +110,16 @@ class Programs:
             slots = self._mapped(b"histograms", len(HISTOGRAMS) * HISTOGRAM_SLOTS)
             self._histograms = slots.reshape(len(HISTOGRAMS), HISTOGRAM_SLOTS)
             self._passages = self._mapped(b"passages", len(FUNCTIONS) * 2).reshape(-1, 2)
+        if self._has_locks:
+            nr_tallies = len(LOCK_HISTOGRAMS) * len(LOCK_TALLIES)
+            self._lock_tallies = self._mapped(b"lock_tallies", nr_tallies)
+            slots = self._mapped(b"lock_histograms", len(LOCK_HISTOGRAMS) * HISTOGRAM_SLOTS)
+            self._lock_histograms = slots.reshape(-1, HISTOGRAM_SLOTS)
+        self._switch = self._mapped(b"all_attached", 1, mmap.PROT_READ | mmap.PROT_WRITE)
+
+    def begin(self) -> None:
+        """Let the programs do their work from now on."""
+        self._switch[0] = 1
 
     def tallies(self) -> dict[str, tuple[int, int]]:
         """Read the kernel-side counts: kind's name -> (produced, dropped)."""
@@ -108,12 +127,30 @@ class Programs:
         return {kind.name: (rows[kind.number][0], rows[kind.number][1]) for kind in KINDS}
 
     def counted(self) -> dict[str, int]:
-        """Read what is counted per page; empty where no program counts."""
-        return dict(zip(COUNTS, self._counts.tolist(), strict=True)) if self._made else {}
+        """Read what is counted per page and per lock; empty where no program counts."""
+        counted: dict[str, int] = {}
+        if self._made:
+            counted |= zip(COUNTS, self._counts.tolist(), strict=True)
+        if self._has_locks:
+            names = [f"{name}.{tally}" for name in LOCK_HISTOGRAMS for tally in LOCK_TALLIES]
+            counted |= zip(names, self._lock_tallies.tolist(), strict=True)
+        return counted
 
     def histograms(self) -> dict[str, list[int]]:
         """Read the histograms; empty where no program counts."""
-        return dict(zip(HISTOGRAMS, self._histograms.tolist(), strict=True)) if self._made else {}
+        histograms: dict[str, list[int]] = {}
+        if self._made:
+            histograms |= zip(HISTOGRAMS, self._histograms.tolist(), strict=True)
+        if self._has_locks:
+            histograms |= zip(LOCK_HISTOGRAMS, self._lock_histograms.tolist(), strict=True)
+        return histograms
+
+    def stack(self, number: int) -> list[int]:
+        """Read one stack that an event names: return addresses, the innermost first."""
+        try:
+            return list(self._bpf[b"stacks"].walk(number))
+        except KeyError:
+            return []
 
     def calls(self) -> dict[str, list[int | None]]:
         """Read how often each function with programs was entered, and how often it returned."""
@@ -142,13 +179,13 @@ class Programs:
                     missed[f"{attachment.how}:{attachment.target}{place}"] = times
         return missed
 
-    def _mapped(self, name: bytes, numbers: int) -> npt.NDArray[np.uint64]:
-        """Map an array of unsigned 64-bit numbers, so that reading it calls no bpf(2)."""
+    def _mapped(
+        self, name: bytes, numbers: int, access: int = mmap.PROT_READ
+    ) -> npt.NDArray[np.uint64]:
+        """Map an array of unsigned 64-bit numbers, so that its use calls no bpf(2)."""
         whole_pages = -(-numbers * 8 // mmap.PAGESIZE) * mmap.PAGESIZE
         try:
-            mapping = mmap.mmap(
-                self._bpf[name].map_fd, whole_pages, mmap.MAP_SHARED, mmap.PROT_READ
-            )
+            mapping = mmap.mmap(self._bpf[name].map_fd, whole_pages, mmap.MAP_SHARED, access)
         except (OSError, ValueError) as error:
             self.close()
             raise BackendUnavailable(f"{name.decode()} cannot be mapped: {error}") from error
@@ -159,6 +196,7 @@ class Programs:
 
     def detach(self) -> None:
         """Detach all programs; the ring and the tallies stay readable."""
+        self._switch[0] = 0
         while self._attached:
             self._detach(self._attached.pop())
 

@@ -8,7 +8,9 @@ comes from one or more of these bodies. What the kernel has decides which hook i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from ksmtrace.events import Lock
 
 TRACEPOINT = "tracepoint"
 FENTRY = "fentry"
@@ -43,6 +45,8 @@ class Function:
         direct: called so often that a program of fentry or fexit reads its arguments in place;
             then the bodies must not compute with pointers among them.
         defines: C defines without which the bodies see nothing.
+        filtered: nearly all of its calls have nothing to do with KSM. Those of which the entry's
+            body returns 0 are not counted, nor kept, and cost as little as can be.
     """
 
     body: str
@@ -53,12 +57,20 @@ class Function:
     keeps: str = ""
     direct: bool = False
     defines: tuple[str, ...] = ()
+    filtered: bool = False
 
 
 FUNCTIONS = (
     Function("cmp_and_merge_page", ("cmp_and_merge_page",), (2,), enters=True),
     Function("stable_tree_search", ("stable_tree_search",), (1,), enters=True, leaves=True),
-    Function("try_to_merge_one_page", ("try_to_merge_one_page",), (3,), leaves=True, keeps="call"),
+    Function(
+        "try_to_merge_one_page",
+        ("try_to_merge_one_page",),
+        (3,),
+        enters=True,
+        leaves=True,
+        keeps="call",
+    ),
     Function(
         "try_to_merge_with_ksm_page",
         ("try_to_merge_with_ksm_page",),
@@ -75,7 +87,14 @@ FUNCTIONS = (
         leaves=True,
         keeps="noted",
     ),
-    Function("get_ksm_page", ("ksm_get_folio", "get_ksm_page"), (2,), leaves=True, direct=True),
+    Function(
+        "get_ksm_page",
+        ("ksm_get_folio", "get_ksm_page"),
+        (2,),
+        enters=True,
+        leaves=True,
+        direct=True,
+    ),
     Function(
         "remove_rmap_item_from_tree",
         ("remove_rmap_item_from_tree",),
@@ -105,8 +124,57 @@ FUNCTIONS = (
         defines=("KSMD_PID", "MM_WALK_MM", "MM_WALK_PRIVATE", "NEXT_PAGE_PAGE", "NEXT_PAGE_ADDR"),
     ),
     Function("__ksm_enter", ("__ksm_enter",), (1,), leaves=True),
-    Function("__ksm_exit", ("__ksm_exit",), (1,), leaves=True),
+    Function("__ksm_exit", ("__ksm_exit",), (1,), leaves=True, keeps="call"),
     Function("lru_add_drain_all", ("lru_add_drain_all",), (0,), enters=True),
+    Function("write_protect_page", ("write_protect_page",), (3,), leaves=True, direct=True),
+    Function(
+        "mm_find_pmd", ("mm_find_pmd",), (2,), enters=True, direct=True, defines=("KSMD_PID",)
+    ),
+    Function(
+        "__folio_lock",
+        ("__folio_lock", "__lock_page"),
+        (1,),
+        enters=True,
+        leaves=True,
+        keeps="noted",
+        defines=("PAGE_MAPPING",),
+    ),
+    Function("rmap_walk_ksm", ("rmap_walk_ksm",), (2,), enters=True, leaves=True, keeps="call"),
+    Function("ksm_memory_callback", ("ksm_memory_callback",), (3,), leaves=True, keeps="call"),
+    *(
+        Function(name, (name,), arguments, enters=True, leaves=True, keeps="noted")
+        for name, arguments in (
+            ("__mutex_lock_slowpath", (1,)),
+            ("rwsem_down_read_slowpath", (2, 3)),
+            ("rwsem_down_write_slowpath", (2,)),
+        )
+    ),
+    Function(
+        "do_wp_page",
+        ("do_wp_page",),
+        (1,),
+        enters=True,
+        leaves=True,
+        keeps="noted",
+        filtered=True,
+    ),
+    Function("ksm_might_need_to_copy", ("ksm_might_need_to_copy",), (3,), leaves=True),
+    Function("break_cow", ("break_cow",), (1,), leaves=True, keeps="call"),
+    Function(
+        "try_to_migrate", ("try_to_migrate", "try_to_unmap"), (2,), enters=True, filtered=True
+    ),
+    Function(
+        "split_huge_page_to_list",
+        (
+            "__split_huge_page_to_list_to_order",
+            "split_huge_page_to_list_to_order",
+            "split_huge_page_to_list",
+        ),
+        (2, 3),
+        enters=True,
+        leaves=True,
+        keeps="noted",
+    ),
 )
 
 FUNCTION_BY_BODY = {function.body: function for function in FUNCTIONS}
@@ -118,7 +186,7 @@ class Hook:
 
     Attributes:
         rung: FENTRY (and if that is not to be had KPROBE) for programs on the function that the
-            event is about; SITE; or DERIVED.
+            event is about; TRACEPOINT for tracepoints of other groups; SITE; or DERIVED.
         functions: bodies of all functions that it takes; the event is named after the first.
         sites: functions that were inlined, and at whose beginning the recipe places a program.
         defines: C defines without which it does not work, beside those of its functions.
@@ -126,8 +194,14 @@ class Hook:
         page_fields: fields that it fills from a struct page.
         page_functions: functions that tell the page where a site does not, for every page's event.
         lacks: fields that it never fills, with the reason.
-        tracepoints: raw tracepoints that it takes besides, by the name of their program.
+        optional: bodies of functions without which it works as well, and the fields that it then
+            does not fill; those that can be reached get a C define WITH_BODY.
+        tracepoints: raw tracepoints that it takes, by name, and the numbers of arguments with
+            which their program on_NAME understands them.
         switches: C defines that tell the programs that this hook was taken.
+        every_page: it costs ksmd about as much as the events of every page, and is taken only
+            where these are asked for.
+        tells_skips: it must tell the pages that smart scan skips from others.
         how: in words, for the plan's reason.
     """
 
@@ -139,8 +213,11 @@ class Hook:
     page_fields: tuple[str, ...] = ()
     page_functions: tuple[str, ...] = ()
     lacks: Mapping[str, str] | None = None
-    tracepoints: tuple[str, ...] = ()
+    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tracepoints: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     switches: tuple[str, ...] = ()
+    every_page: bool = False
+    tells_skips: bool = False
     how: str = ""
 
 
@@ -151,6 +228,7 @@ _VISIT = ("ksm_next_page_pmd_entry", "remove_rmap_item_from_tree")
 _VISIT_DEFINES = ("RMAP_ITEM_MM", "RMAP_ITEM_ADDRESS")
 _SEARCH_DEFINES = ("KSMD_PID", "RMAP_ITEM_MM")
 _VISITED = ("cmp_and_merge_page",)
+_PAGE_STATE = ("PAGE_FLAGS", "PAGE_REFCOUNT", "PAGE_MAPCOUNT", "PAGE_LRU")
 
 HOOKS: Mapping[str, tuple[Hook, ...]] = {
     "ksm_start_scan": (
@@ -166,7 +244,7 @@ HOOKS: Mapping[str, tuple[Hook, ...]] = {
             DERIVED,
             ("lru_add_drain_all",),
             defines=_PASS,
-            tracepoints=("sched_switch",),
+            tracepoints={"sched_switch": (3, 4)},
             how="ksm_scan.seqnr has risen when ksmd leaves its CPU",
         ),
     ),
@@ -248,6 +326,7 @@ HOOKS: Mapping[str, tuple[Hook, ...]] = {
             defines=_VISIT_DEFINES,
             page_fields=("pfn",),
             switches=("VISITS_DERIVED",),
+            tells_skips=True,
             lacks={
                 "rmap_item": "unknown for a KSM page already in place, of which nothing more is "
                 "seen"
@@ -339,6 +418,152 @@ HOOKS: Mapping[str, tuple[Hook, ...]] = {
         ),
     ),
     "run_store": (Hook(FENTRY, ("run_store",), how="its exit"),),
+    "merge_failure": (
+        Hook(
+            FENTRY,
+            (*_MERGING, "try_to_merge_one_page", "write_protect_page"),
+            defines=("RMAP_ITEM_MM", "VMA_MM", *_PAGE_STATE),
+            optional={"split_huge_page_to_list": ("split_err",), "mm_find_pmd": ()},
+            page_fields=("pfn",),
+            how="its exit with an error, and what was called until then",
+        ),
+        Hook(
+            DERIVED,
+            defines=(*_PAGE_STATE, "MM_PGD", "PTE_PFN_MASK", "STRUCT_PAGE_BYTES"),
+            kinds=("ksm_merge_with_ksm_page",),
+            tracepoints={"ksm_merge_with_ksm_page": (5,)},
+            switches=("FAILURES_AFTER_THE_FACT",),
+            lacks={"split_err": "no program can be put on functions here"},
+            how="the page that is mapped there after a merge failed: its cause can only be "
+            "inferred, and one that is over by then is not seen",
+        ),
+    ),
+    "page_outcomes": (
+        Hook(
+            DERIVED,
+            (
+                *("remove_rmap_item_from_tree", "stable_tree_append", "try_to_merge_one_page"),
+                *(*_MERGING, "run_store"),
+            ),
+            defines=("KSMD_PID", *_VISIT_DEFINES, "RMAP_ITEM_OLDCHECKSUM", *_PAGE_STATE),
+            kinds=("cmp_and_merge_page", "stable_tree_search"),
+            tells_skips=True,
+            how="ksmd's visits, each judged by what was called and by what its rmap_item says "
+            "afterwards",
+        ),
+    ),
+    "should_skip_rmap_item": (
+        Hook(
+            DERIVED,
+            ("remove_rmap_item_from_tree",),
+            defines=("RMAP_ITEM_AGE", "RMAP_ITEM_REMAINING_SKIPS", "KSM_PAGES_SKIPPED_ADDRESS"),
+            kinds=("cmp_and_merge_page", "stable_tree_search", "page_outcomes"),
+            how="its entry in ksmd once ksm_pages_skipped has risen",
+        ),
+    ),
+    "lock_wait": (
+        Hook(
+            TRACEPOINT,
+            defines=("KSMD_PID",),
+            optional={"__ksm_exit": ()},
+            tracepoints={"contention_begin": (2,), "contention_end": (2,)},
+            how="the slow paths of mutexes and rw_semaphores",
+        ),
+        Hook(
+            DERIVED,
+            (
+                *("__mutex_lock_slowpath", "rwsem_down_read_slowpath"),
+                "rwsem_down_write_slowpath",
+            ),
+            defines=("KSMD_PID", "KSM_THREAD_MUTEX_ADDRESS"),
+            how="the functions of the slow paths; a mutex taken to be interrupted or killed has "
+            "others",
+        ),
+    ),
+    "lock_hold": (
+        Hook(
+            TRACEPOINT,
+            defines=("KSMD_PID", "MM_MMAP_LOCK"),
+            tracepoints={
+                "mmap_lock_acquire_returned": (3,),
+                "mmap_lock_released": (2,),
+                "sched_switch": (4,),
+            },
+            switches=("HOLDS_OF_MMAP_LOCK",),
+            every_page=True,
+            how="ksmd takes and releases an mmap_lock; wakes and sleeps",
+        ),
+        Hook(
+            TRACEPOINT,
+            defines=("KSMD_PID",),
+            tracepoints={"sched_switch": (4,)},
+            lacks={
+                "lock_address": "holds of ksm_thread_mutex only: those of mmap_locks take record "
+                "--every-page, and tracepoints that do not, as before 6.16, write out the path of "
+                "a cgroup each time in every task of the system"
+            },
+            how="ksmd wakes and sleeps",
+        ),
+    ),
+    "__folio_lock": (Hook(FENTRY, ("__folio_lock",), how="its entry and exit"),),
+    "rmap_walk_ksm": (
+        Hook(
+            FENTRY,
+            ("rmap_walk_ksm",),
+            defines=("PAGE_MAPPING", "STABLE_NODE_LENGTH"),
+            page_fields=("pfn",),
+            how="its entry and exit",
+        ),
+    ),
+    "ksm_memory_callback": (Hook(FENTRY, ("ksm_memory_callback",), how="its exit"),),
+    "get_ksm_page": (
+        Hook(
+            FENTRY,
+            ("get_ksm_page", "remove_node_from_stable_tree"),
+            tracepoints={"sched_switch": (3, 4)},
+            how="its entry and exit, while its task keeps the CPU",
+        ),
+    ),
+    "do_wp_page": (
+        Hook(
+            FENTRY,
+            ("do_wp_page", "break_ksm"),
+            defines=(
+                *("FAULT_VMA", "FAULT_ADDRESS", "FAULT_FLAGS", "FAULT_PTE", "VMA_MM"),
+                *("PAGE_MAPPING", "PAGE_LRU", "PTE_PFN_MASK", "PTE_PRESENT", "PTE_DIRTY"),
+                *("STRUCT_PAGE_BYTES", "VMEMMAP_BASE_ADDRESS"),
+            ),
+            how="its entry with the page table entry of a KSM page, and its exit",
+        ),
+    ),
+    "ksm_might_need_to_copy": (
+        Hook(
+            FENTRY,
+            ("ksm_might_need_to_copy",),
+            defines=("VMA_MM",),
+            page_fields=("pfn",),
+            how="its exit with another page",
+        ),
+    ),
+    "break_cow": (Hook(FENTRY, ("break_cow",), defines=("RMAP_ITEM_MM",), how="its exit"),),
+    "remove_migration_ptes": (
+        Hook(
+            DERIVED,
+            ("rmap_walk_ksm", "ksm_migrate_page", "try_to_migrate"),
+            defines=("PAGE_MAPPING", "STABLE_NODE_LENGTH"),
+            page_fields=("pfn", "new_pfn"),
+            how="the first walk over all that mapped a KSM page after it has moved",
+        ),
+    ),
+    "split_huge_page_to_list": (
+        Hook(
+            FENTRY,
+            ("split_huge_page_to_list",),
+            defines=("KSMD_PID",),
+            page_fields=("pfn",),
+            how="its entry and exit in ksmd",
+        ),
+    ),
 }
 """Per kind of event the hooks, best first; the tracepoint of that name comes before them all."""
 
@@ -355,16 +580,28 @@ COUNTS = (
     "stable_tree_search.found",
     "stable_tree_search.same_page",
     "stable_tree_search.busy",
+    "do_wp_page.zero_page",
 )
-"""What the kernel side counts once per page looked at, in the order of its map ``counts``."""
+"""What the kernel side only counts, in the order of its map ``counts``: what happens once per page
+looked at, and writes to a zero page that KSM had put in place (which are no event, and which
+cow_ksm leaves out)."""
 
-HISTOGRAMS = ("visit_interval_ns", "search_nodes")
+HISTOGRAMS = ("visit_interval_ns", "search_nodes", "cow_ns", "break_ksm_ns", "get_ksm_page_ns")
 """Histograms of the kernel side: slot 0 counts 0, slot n values from 2^(n-1) to below 2^n.
 
 The slot is bcc's ``bpf_log2l``, which is the number of bits.
 """
 
 HISTOGRAM_SLOTS = 64
+
+WAITED_BY: Mapping[Lock, str] = {Lock.FOLIO: "__folio_lock", Lock.REFCOUNT: "get_ksm_page"}
+"""The kind of event that tells of waits for a lock; of the others lock_wait does."""
+
+LOCK_SIDES = ("wait_ns", "hold_ns")
+LOCK_TALLIES = ("times", "total", "worst")
+LOCK_HISTOGRAMS = tuple(f"{side}.{lock.name.lower()}" for lock in Lock for side in LOCK_SIDES)
+"""Of each lock the waits and the holds, in the order of the maps ``lock_histograms`` and, with one
+of LOCK_TALLIES behind it, ``lock_tallies``."""
 
 
 @dataclass(frozen=True)

@@ -12,28 +12,33 @@ from typing import Any
 from ksmtrace.capture.hooks import (
     ABSENT,
     COUNTS,
-    DERIVED,
     FENTRY,
     FUNCTION_BY_BODY,
     FUNCTIONS,
     HISTOGRAMS,
     HOOKS,
     KPROBE,
+    LOCK_TALLIES,
     SITE_ARGUMENTS,
     TRACEPOINT,
+    WAITED_BY,
     Attachment,
     Function,
     Hook,
 )
 from ksmtrace.capture.sites import Location, Recipe, Site
-from ksmtrace.events import KIND_BY_NAME, KINDS, Kind
+from ksmtrace.capture.unseen import find_unseen
+from ksmtrace.events import KIND_BY_NAME, KINDS, Kind, Lock
 from ksmtrace.kernel.facts import Facts
+from ksmtrace.kernel.kallsyms import MUTEX_FUNCTIONS
 from ksmtrace.kernel.probes import LoadProbe
 
 OFFSET_DEFINES = {
     "RMAP_ITEM_ADDRESS": "ksm_rmap_item.address",
     "RMAP_ITEM_MM": "ksm_rmap_item.mm",
     "RMAP_ITEM_OLDCHECKSUM": "ksm_rmap_item.oldchecksum",
+    "RMAP_ITEM_AGE": "ksm_rmap_item.age",
+    "RMAP_ITEM_REMAINING_SKIPS": "ksm_rmap_item.remaining_skips",
     "RMAP_ITEM_HEAD": "ksm_rmap_item.head",
     "RMAP_ITEM_HLIST": "ksm_rmap_item.hlist",
     "STABLE_NODE_HLIST": "ksm_stable_node.hlist",
@@ -45,11 +50,29 @@ OFFSET_DEFINES = {
     "KSM_SCAN_SEQNR": "ksm_scan.seqnr",
     "VMA_MM": "vm_area_struct.vm_mm",
     "PAGE_MAPPING": "page.mapping",
+    "PAGE_LRU": "page.lru",
+    "FAULT_VMA": "vm_fault.vma",
+    "FAULT_ADDRESS": "vm_fault.address",
+    "FAULT_FLAGS": "vm_fault.flags",
+    "FAULT_PTE": "vm_fault.orig_pte",
+    "PAGE_FLAGS": "page.flags",
+    "PAGE_REFCOUNT": "page._refcount",
+    "PAGE_MAPCOUNT": "page._mapcount",
+    "PAGE_COMPOUND_ORDER": "page.compound_order",
+    "FOLIO_ORDER": "folio._folio_order",
+    "FOLIO_FLAGS_1": "folio._flags_1",
+    "FOLIO_LARGE_MAPCOUNT": "folio._large_mapcount",
+    "MM_USERS": "mm_struct.mm_users",
+    "MM_PGD": "mm_struct.pgd",
     "MM_WALK_MM": "mm_walk.mm",
     "MM_WALK_PRIVATE": "mm_walk.private",
     "NEXT_PAGE_PAGE": "ksm_next_page_arg.page",
     "NEXT_PAGE_ADDR": "ksm_next_page_arg.addr",
     "MM_OWNER": "mm_struct.owner",
+    "MM_MMAP_LOCK": "mm_struct.mmap_lock",
+    "MUTEX_OWNER": "mutex.owner",
+    "RWSEM_OWNER": "rw_semaphore.owner",
+    "TASK_FLAGS": "task_struct.flags",
     "TASK_TGID": "task_struct.tgid",
     "MM_KSM_MERGING_PAGES": "mm_struct.ksm_merging_pages",
     "MM_KSM_RMAP_ITEMS": "mm_struct.ksm_rmap_items",
@@ -61,15 +84,44 @@ OFFSET_DEFINES = {
 
 SYMBOL_DEFINES = {
     "VMEMMAP_BASE_ADDRESS": "vmemmap_base",
+    "PHYSICAL_MASK_ADDRESS": "physical_mask",
     "MIGRATE_NODES_ADDRESS": "migrate_nodes",
     "KSM_SCAN_ADDRESS": "ksm_scan",
     "KSM_RMAP_ITEMS_ADDRESS": "ksm_rmap_items",
+    "KSM_MERGE_ACROSS_NODES_ADDRESS": "ksm_merge_across_nodes",
     "KSM_PAGES_SKIPPED_ADDRESS": "ksm_pages_skipped",
+    "KSM_THREAD_MUTEX_ADDRESS": "ksm_thread_mutex",
 }
-"""The C define for bpf/functions.c, and the variable whose address it is."""
+"""The C define for bpf/*.c, and the variable whose address it is."""
+
+TEXT_DEFINES: Mapping[str, tuple[str, ...]] = {
+    "KSM_TEXT": (
+        *("ksm_scan_thread", "run_store", "ksm_memory_callback", "wait_while_offlining"),
+        *("ksm_madvise", "__ksm_enter", "__ksm_exit", "rmap_walk_ksm", "break_ksm"),
+        *("stable_tree_append", "ksm_might_need_to_copy", "folio_migrate_ksm", "ksm_migrate_page"),
+    ),
+    "MUTEX_TEXT": MUTEX_FUNCTIONS,
+}
+"""Two C defines each, NAME_BEGIN and NAME_END: the part of the kernel's text that these functions
+span. A source file's text is one piece, and none of these that takes a mutex is the last in it.
+Where there is no NAME_BEGIN, ksm_thread_mutex is known by its address, or not at all."""
+
+_LAST_FUNCTION_BYTES = 0x80  # of mutex_lock, which does little more than call another
 
 PAGE_DEFINES = ("STRUCT_PAGE_BYTES", "VMEMMAP_BASE_ADDRESS")
 """What it takes to tell a page frame number by a struct page."""
+
+PTE_DEFINES: Mapping[str, Mapping[str, int]] = {
+    "x86_64": {
+        "PTE_PFN_MASK": 0x000F_FFFF_FFFF_F000,
+        "PTE_PRESENT": 1 << 0,
+        "PTE_DIRTY": 1 << 6 | 1 << 58,
+    },
+}
+"""Per machine, where a page table entry of a page has its frame's address, the bit without which
+that is inverted (PROT_NONE; arch/x86/include/asm/pgtable-invert.h), and the bits of which one at
+least is set in a dirty one (arch/x86/include/asm/pgtable_types.h: PTE_PFN_MASK, _PAGE_PRESENT,
+_PAGE_DIRTY_BITS; bit 58 is of no meaning to kernels without _PAGE_SAVED_DIRTY)."""
 
 _OWNER = ("MM_OWNER", "TASK_TGID")
 _MM_COUNTS = ("MM_KSM_MERGING_PAGES", "MM_KSM_RMAP_ITEMS")
@@ -88,6 +140,8 @@ _NEEDED_DEFINES: Mapping[str, tuple[str, ...]] = {
     "ksm_zero_pages": ("MM_KSM_ZERO_PAGES",),
     "ksmd_cpu_ns": _CPU,
     "ksmd_run_delay_ns": _CPU,
+    "holder_pid": ("TASK_TGID", "MUTEX_OWNER", "RWSEM_OWNER"),
+    "lock": ("KSM_TEXT_BEGIN", "MUTEX_TEXT_BEGIN"),
 }
 
 
@@ -146,145 +200,6 @@ class Plan:
         ]
 
 
-@dataclass(frozen=True)
-class Gap:
-    """Something that KSM does and no tracepoint of it shows.
-
-    Attributes:
-        what: the event that goes unseen.
-        why: why the tracepoints do not show it.
-        still_known: what the samples of counters say about it nevertheless.
-        functions: probes on these would show it; one of them, by the name it has here.
-        shown_by: kinds of event that show it; where one of them is caught, there is no gap.
-        counters: files of sysfs and lines of vmstat that ``still_known`` relies on.
-    """
-
-    what: str
-    why: str
-    still_known: str
-    functions: tuple[str, ...]
-    counters: tuple[str, ...] = ()
-    shown_by: tuple[str, ...] = ()
-
-
-GAPS = (
-    Gap(
-        "a single sharer leaving the stable tree (COW, unmap, unmerge, exit)",
-        "mm/ksm.c:remove_rmap_item_from_tree has no tracepoint; ksm_remove_rmap_item fires only "
-        "where the whole node goes",
-        "pages_sharing falls, when ksmd next visits the page",
-        ("remove_rmap_item_from_tree",),
-        ("pages_sharing",),
-        shown_by=("remove_rmap_item_from_tree",),
-    ),
-    Gap(
-        "the last sharer of a stable node",
-        "mm/ksm.c:remove_node_from_stable_tree fires ksm_remove_rmap_item for every sharer but "
-        "the last",
-        "ksm_remove_ksm_page fires for the node, and pages_shared falls",
-        ("remove_node_from_stable_tree", "remove_rmap_item_from_tree"),
-        ("pages_shared",),
-        shown_by=("remove_rmap_item_from_tree",),
-    ),
-    Gap(
-        "a page becoming a sharer (stable_tree_append)",
-        "ksm_merge_with_ksm_page fires before it, and for the first page of a new pair even "
-        "where break_cow then undoes the merge",
-        "a pair's second event tells how the first ended; pages_shared and pages_sharing rise",
-        ("stable_tree_append",),
-        ("pages_shared", "pages_sharing"),
-        shown_by=("stable_tree_append",),
-    ),
-    Gap(
-        "inserts into and removals from the unstable tree",
-        "mm/ksm.c:unstable_tree_search_insert has no tracepoint and is inlined",
-        "pages_unshared is its size",
-        ("remove_rmap_item_from_tree",),
-        ("pages_unshared",),
-    ),
-    Gap(
-        "pages not merged because their checksum changed",
-        "mm/ksm.c:cmp_and_merge_page compares it inline",
-        "pages_volatile, which also holds first visits, skipped pages and failed merges",
-        ("cmp_and_merge_page",),
-        ("pages_volatile",),
-    ),
-    Gap(
-        "which pages smart scan skipped",
-        "mm/ksm.c:should_skip_rmap_item is inlined",
-        "pages_skipped is their exact number",
-        ("should_skip_rmap_item", "ksm_next_page_pmd_entry"),
-        ("pages_skipped",),
-    ),
-    Gap(
-        "why a merge failed (page locked, pinned, changed, no longer there)",
-        "ksm_merge_with_ksm_page says -EFAULT for all of them, and ksm_merge_one_page fires only "
-        "for merges with the zero page",
-        "that it failed, and for whom",
-        ("write_protect_page",),
-    ),
-    Gap(
-        "a write to a KSM page that copies it (COW break), and what the copy cost",
-        "mm/memory.c:do_wp_page has no tracepoint",
-        "cow_ksm counts them, unmerges by the kernel itself included",
-        ("wp_page_copy", "do_wp_page"),
-        ("cow_ksm",),
-    ),
-    Gap(
-        "unmerging (run=2, MADV_UNMERGEABLE, prctl)",
-        "mm/ksm.c:break_ksm has no tracepoint",
-        "cow_ksm rises by one per page; pages_sharing falls later",
-        ("break_ksm",),
-        ("cow_ksm",),
-        shown_by=("break_ksm",),
-    ),
-    Gap(
-        "migration of a KSM page",
-        "mm/ksm.c:folio_migrate_ksm has no tracepoint; migrate:mm_migrate_pages counts all pages "
-        "alike",
-        "pgmigrate_success, of all pages",
-        ("folio_migrate_ksm", "ksm_migrate_page"),
-        ("pgmigrate_success",),
-        shown_by=("ksm_migrate_page",),
-    ),
-    Gap(
-        "chains of stable nodes being made, pruned and collapsed",
-        "mm/ksm.c:alloc_stable_node_chain and stable_node_dup have no tracepoint",
-        "stable_node_chains and stable_node_dups",
-        ("alloc_stable_node_chain", "stable_node_dup", "__stable_node_chain"),
-        ("stable_node_chains", "stable_node_dups"),
-        shown_by=("alloc_stable_node_chain",),
-    ),
-    Gap(
-        "zero pages placed by KSM being unmapped",
-        "include/linux/ksm.h:ksm_might_unmap_zero_page has no tracepoint",
-        "ksm_zero_pages falls; forks make it too high",
-        (),
-        ("ksm_zero_pages",),
-    ),
-    Gap(
-        "a KSM page copied at swap-in",
-        "mm/ksm.c:ksm_might_need_to_copy has no tracepoint",
-        "ksm_swpin_copy counts them",
-        ("ksm_might_need_to_copy",),
-        ("ksm_swpin_copy",),
-    ),
-    Gap(
-        "ksmd dropping an mm that has no mergeable area left",
-        "ksm_exit fires only in __ksm_exit",
-        "/proc/PID/ksm_stat shows no rmap_items any more",
-        ("scan_get_next_rmap_item",),
-    ),
-    Gap(
-        "waits for ksm_thread_mutex, mmap_lock and page locks, and failed trylocks",
-        "no ksm tracepoint concerns locks; folio locks have no tracepoint at all",
-        "ksmd's run delay, which is waiting for a CPU and not for locks",
-        ("__folio_lock", "__lock_page"),
-    ),
-)
-"""What the tracepoints of group ksm leave out (include/trace/events/ksm.h and its callers)."""
-
-
 def make_plan(
     facts: Facts,
     recipe: Recipe | None = None,
@@ -310,7 +225,7 @@ def make_plan(
         counted=_counted(events, ladder.switches, known),
         can_record=not blockers,
         blockers=blockers,
-        unseen=_unseen(facts, events, known),
+        unseen=find_unseen(facts, events, known),
     )
 
 
@@ -326,11 +241,18 @@ def _defines(facts: Facts) -> dict[str, int]:
             address = facts.symbols.address(symbol)
             if address is not None:
                 known[define] = address
+        for define, functions in TEXT_DEFINES.items():
+            found = [a for name in functions if (a := facts.symbols.address(name)) is not None]
+            if found:
+                known[f"{define}_BEGIN"] = min(found)
+                known[f"{define}_END"] = max(found) + _LAST_FUNCTION_BYTES
     if facts.page_struct_bytes is not None:
         known["STRUCT_PAGE_BYTES"] = facts.page_struct_bytes
     if facts.ksmd_pid is not None:
         known["KSMD_PID"] = facts.ksmd_pid
-    return known
+    if (head := (facts.page_flags or {}).get("head")) is not None:
+        known["PG_HEAD"] = head
+    return {**known, **PTE_DEFINES.get(facts.kernel.machine, {})}
 
 
 class _Obstacle(Exception):
@@ -374,8 +296,17 @@ class _Ladder:
             except _Obstacle as obstacle:
                 obstacles.append(str(obstacle))
         refusals = [self._refusal(rung) for rung in (FENTRY, KPROBE)]
-        if HOOKS[kind.name] and None not in refusals:
-            # No hook but needs one of the two: nothing else would explain more.
+        hooks = HOOKS[kind.name]
+        if any(hook.functions or hook.sites for hook in hooks) and None not in refusals:
+            for hook in hooks:
+                if not hook.functions and not hook.sites:
+                    try:
+                        return self._by_hook(kind, hook)
+                    except _Obstacle as obstacle:
+                        # What a hook builds on is absent for the reasons that follow.
+                        if not hook.kinds:
+                            obstacles.append(str(obstacle))
+            # Every other hook needs one of the two: nothing else would explain more.
             return EventPlan(
                 kind.name, ABSENT, None, _joined([*obstacles, *filter(None, refusals)]), {}
             )
@@ -406,7 +337,8 @@ class _Ladder:
     def _by_tracepoint(self, kind: Kind) -> EventPlan:
         if TRACEPOINT in self._without:
             raise _Obstacle("tracepoints are left out on request")
-        obstacle = _obstacle(kind, self._facts)
+        arguments = (len(kind.fields),)
+        obstacle = _obstacle("of this name", kind.name, arguments, self._facts)
         if obstacle is not None:
             raise _Obstacle(obstacle)
         assert self._facts.tracepoints is not None
@@ -425,22 +357,34 @@ class _Ladder:
     def _by_hook(self, kind: Kind, hook: Hook) -> EventPlan:
         if hook.rung in self._without and hook.rung != FENTRY:
             raise _Obstacle(f"the rung {hook.rung!r} is left out on request")
+        if hook.every_page and not self._every_page:
+            raise _Obstacle("it is taken with --every-page only")
         lacking = [define for define in hook.defines if define not in self._defines]
         if lacking:
             raise _Obstacle(_why_undefined(lacking, self._facts))
         uncaught = [name for name in hook.kinds if name not in self._caught]
         if uncaught:
             raise _Obstacle(f"it builds on {' and '.join(uncaught)}, which is absent")
-        refusal = _refused(self._facts) if hook.tracepoints else None
-        if refusal is not None:
-            raise _Obstacle(f"raw tracepoint programs do not work here: {refusal.reason}")
-        if "VISITS_DERIVED" in hook.switches and _cannot_tell_skips(self._facts, self._defines):
+        for name, arguments in hook.tracepoints.items():
+            obstacle = _obstacle(name, name, arguments, self._facts)
+            if obstacle is not None:
+                raise _Obstacle(obstacle)
+            if name in KIND_BY_NAME and name not in self._tracepoints:
+                raise _Obstacle(f"it builds on the tracepoint {name}, which is not taken")
+        if hook.tells_skips and _cannot_tell_skips(self._facts, self._defines):
             raise _Obstacle(
                 "pages that smart scan skips cannot be told from others: the address of "
                 "ksm_pages_skipped is unknown"
             )
         reached = {body: self._reach(FUNCTION_BY_BODY[body]) for body in hook.functions}
         missing = dict(hook.lacks or {})
+        optional = {}
+        for body, fields in hook.optional.items():
+            try:
+                optional[body] = self._reach(FUNCTION_BY_BODY[body])
+            except _Obstacle as obstacle:
+                missing |= dict.fromkeys(fields, str(obstacle))
+        reached |= optional
         sites = {}
         for body in hook.sites:
             site, locations = self._site(body)
@@ -456,6 +400,7 @@ class _Ladder:
         self._sites |= sites
         self._tracepoints |= dict.fromkeys(hook.tracepoints)
         self.switches |= dict.fromkeys((*hook.switches, f"EMIT_{kind.name.upper()}"), 1)
+        self.switches |= dict.fromkeys((f"WITH_{body.upper()}" for body in optional), 1)
         targets = [f"kprobe:{site.symbol}+{site.offset:#x}" for site, _ in sites.values()]
         targets += [_target(FUNCTION_BY_BODY[body], *found) for body, found in reached.items()]
         targets += [f"raw_tracepoint:{name}" for name in hook.tracepoints]
@@ -541,6 +486,8 @@ class _Ladder:
         missing = {}
         for field in fields:
             lacking = [d for d in _NEEDED_DEFINES.get(field, ()) if d not in self._defines]
+            if field == "lock" and "KSM_THREAD_MUTEX_ADDRESS" in self._defines:
+                continue  # then it need not be recognised
             if lacking:
                 missing[field] = _why_undefined(lacking, self._facts)
         return missing
@@ -553,6 +500,9 @@ def _joined(reasons: Iterable[str]) -> str:
 _COUNTED_WITH = {
     "visit_interval_ns": "cmp_and_merge_page",
     "search_nodes": "stable_tree_search",
+    "cow_ns": "do_wp_page",
+    "break_ksm_ns": "break_ksm",
+    "get_ksm_page_ns": "get_ksm_page",
 }
 
 
@@ -560,13 +510,28 @@ def _counted(
     events: tuple[EventPlan, ...], switches: Mapping[str, int], defines: Mapping[str, int]
 ) -> tuple[str, ...]:
     caught = {event.event for event in events if event.rung != ABSENT}
-    tells_skips = "VISITS_DERIVED" in switches and "KSM_PAGES_SKIPPED_ADDRESS" in defines
+    tells_skips = "KSM_PAGES_SKIPPED_ADDRESS" in defines and (
+        "VISITS_DERIVED" in switches or "page_outcomes" in caught
+    )
     return tuple(
         name
         for name in (*COUNTS, *HISTOGRAMS)
         if (_COUNTED_WITH.get(name) or name.partition(".")[0]) in caught
         or (name == "smart_scan_skips" and tells_skips)
-    )
+    ) + _counted_of_locks(caught, switches)
+
+
+def _counted_of_locks(caught: Collection[str], switches: Mapping[str, int]) -> tuple[str, ...]:
+    held = {Lock.KSM_THREAD_MUTEX}
+    if "HOLDS_OF_MMAP_LOCK" in switches:
+        held.add(Lock.MMAP_LOCK)
+    names = [
+        f"wait_ns.{lock.name.lower()}"
+        for lock in Lock
+        if WAITED_BY.get(lock, "lock_wait") in caught
+    ]
+    names += [f"hold_ns.{lock.name.lower()}" for lock in held if "lock_hold" in caught]
+    return (*names, *(f"{name}.{tally}" for name in names for tally in LOCK_TALLIES))
 
 
 def _cannot_tell_skips(facts: Facts, defines: Mapping[str, int]) -> bool:
@@ -585,6 +550,9 @@ def _programs(function: Function, rung: str, name: str, arguments: int) -> Itera
     """Yield a function's programs: which macro of bpf/functions.c makes each."""
     body = function.body
     enter = f"enter_{body}(args)" if function.enters else "0"
+    if function.filtered:
+        yield from _filtered_programs(function, rung, name, arguments)
+        return
     if rung == FENTRY:
         keep = {"call": "keep_call", "noted": "keep_noted", "": ""}[function.keeps]
     else:
@@ -609,6 +577,28 @@ def _programs(function: Function, rung: str, name: str, arguments: int) -> Itera
         yield Attachment("kretprobe", name, 0, f"kexit_{body}", body, f"KEXIT({body})")
 
 
+def _filtered_programs(
+    function: Function, rung: str, name: str, arguments: int
+) -> Iterable[Attachment]:
+    """Yield the programs of a function most of whose calls are none of KSM's."""
+    body = function.body
+    keep = "keep_filtered" if function.leaves else "count_filtered"
+    enter = f"{keep}(FUNCTION_{body}, args, enter_{body}(args))"
+    how, leave_how = ("fentry", "fexit") if rung == FENTRY else ("kprobe", "kretprobe")
+    direct = f"{name}, {body}, {arguments}"
+    text = (
+        f"FENTRY_FILTERED({direct}, {enter})"
+        if rung == FENTRY
+        else f"KENTRY_FILTERED({body}, {enter})"
+    )
+    program = name if rung == FENTRY else f"kentry_{body}"
+    yield Attachment(how, name, 0, program, body, text)
+    if function.leaves:
+        text = f"FEXIT_FILTERED({direct})" if rung == FENTRY else f"KEXIT_FILTERED({body})"
+        program = name if rung == FENTRY else f"kexit_{body}"
+        yield Attachment(leave_how, name, 0, program, body, text)
+
+
 def _c_expression(location: Location | None) -> str:
     if location is None:
         return "0"
@@ -616,16 +606,16 @@ def _c_expression(location: Location | None) -> str:
     return f"read_u64({at})" if location.in_memory else at
 
 
-def _obstacle(kind: Kind, facts: Facts) -> str | None:
+def _obstacle(called: str, name: str, arguments: tuple[int, ...], facts: Facts) -> str | None:
     if facts.tracepoints is None:
         return f"unknown whether there is a tracepoint: {facts.unknown.get('tracepoints')}"
-    tracepoint = facts.tracepoints.get(kind.name)
+    tracepoint = facts.tracepoints.get(name)
     if tracepoint is None:
-        return "this kernel has no tracepoint of this name"
-    if tracepoint.arguments != len(kind.fields):
+        return f"this kernel has no tracepoint {called}"
+    if tracepoint.arguments not in arguments:
         return (
-            f"the tracepoint has {tracepoint.arguments} arguments here, and our program reads "
-            f"{len(kind.fields)}: {', '.join(kind.fields)}"
+            f"the tracepoint {called} has {tracepoint.arguments} arguments here, and our program "
+            f"reads {' or '.join(map(str, arguments))}"
         )
     refusal = _refused(facts)
     if refusal is not None:
@@ -654,11 +644,20 @@ def _why_undefined(lacking: list[str], facts: Facts) -> str:
         reasons.append(f"this kernel has no {' and '.join(members)}")
     if symbols:
         reasons.append(f"the address of {' and '.join(symbols)} is unknown")
+    if "KSM_TEXT_BEGIN" in lacking or "MUTEX_TEXT_BEGIN" in lacking:
+        reasons.append("the addresses of the kernel's functions are unknown")
+    if any(lacked.startswith("PTE_") for lacked in lacking):
+        machines = " and ".join(PTE_DEFINES)
+        reasons.append(f"what a page table entry holds is unknown, but for {machines}")
     if "STRUCT_PAGE_BYTES" in lacking:
         reasons.append("the size of struct page is unknown")
     if "KSMD_PID" in lacking:
         reasons.append(f"ksmd's pid is unknown: {facts.unknown.get('ksmd_pid', 'no ksmd is seen')}")
     return "; ".join(reasons)
+
+
+def _is_of_ksm(event: str) -> bool:
+    return KIND_BY_NAME[event].has_tracepoint or HOOKS[event][0].rung != TRACEPOINT
 
 
 def _blockers(facts: Facts, events: tuple[EventPlan, ...]) -> tuple[tuple[str, str], ...]:
@@ -687,7 +686,8 @@ def _blockers(facts: Facts, events: tuple[EventPlan, ...]) -> tuple[tuple[str, s
                 "boot with lockdown=integrity or without lockdown",
             )
         )
-    caught = any(event.rung != ABSENT for event in events)
+    # That somebody waits for a lock is nothing to record by itself.
+    caught = any(event.rung != ABSENT for event in events if _is_of_ksm(event.event))
     if refusal is not None and not locked and not caught:
         found.append(
             (
@@ -708,176 +708,3 @@ def _blockers(facts: Facts, events: tuple[EventPlan, ...]) -> tuple[tuple[str, s
     if not facts.bcc_installed:
         found.append(("the Python module bcc is not installed", "apt install python3-bpfcc"))
     return tuple(found)
-
-
-def _unseen(
-    facts: Facts, events: tuple[EventPlan, ...], defines: Mapping[str, int]
-) -> tuple[tuple[str, str, str], ...]:
-    return (
-        *_unseen_events(events),
-        *_unseen_fields(facts, events, defines),
-        *(
-            (gap.what, _why_gap(gap, facts), _what_changes(gap, facts))
-            for gap in GAPS
-            if not _is_shown(gap, events)
-        ),
-        *_unseen_counters(facts),
-    )
-
-
-_CHANGE_FOR_TRACEPOINT = "a kernel that has this tracepoint in the form that ksmtrace knows"
-_CHANGE_FOR_FUNCTION = (
-    "a kernel with fentry or kprobes, BTF and CONFIG_KALLSYMS_ALL=y; for an inlined function also "
-    "a recipe for this build (`ksmtrace sites resolve VMLINUX`)"
-)
-
-
-def _is_shown(gap: Gap, events: tuple[EventPlan, ...]) -> bool:
-    return any(event.event in gap.shown_by for event in events if event.rung != ABSENT)
-
-
-def _unseen_events(events: tuple[EventPlan, ...]) -> list[tuple[str, str, str]]:
-    by_reason: dict[tuple[str, str], list[str]] = {}
-    for event in events:
-        if event.rung == ABSENT:
-            changes = []
-            if KIND_BY_NAME[event.event].has_tracepoint:
-                changes.append(_CHANGE_FOR_TRACEPOINT)
-            if HOOKS[event.event]:
-                changes.append(_CHANGE_FOR_FUNCTION)
-            by_reason.setdefault((event.reason, ", or ".join(changes)), []).append(event.event)
-    return [
-        (f"event{'s' * (len(names) > 1)} {', '.join(names)}", reason, change)
-        for (reason, change), names in by_reason.items()
-    ]
-
-
-def _unseen_fields(
-    facts: Facts, events: tuple[EventPlan, ...], defines: Mapping[str, int]
-) -> list[tuple[str, str, str]]:
-    by_field: dict[tuple[str, str], list[str]] = {}
-    for event in events:
-        for field, reason in event.missing_fields.items():
-            by_field.setdefault((field, reason), []).append(event.event)
-    found = [
-        (
-            f"{field} of {', '.join(names)}",
-            reason,
-            _change_for_field(field, names, events, defines),
-        )
-        for (field, reason), names in by_field.items()
-    ]
-    if "KSMD_PID" not in defines:
-        reason = facts.unknown.get("ksmd_pid", "no ksmd is visible in /proc")
-        found.append(
-            (
-                "whether an event happened in ksmd, and ksmd's CPU time",
-                reason,
-                "run in the initial pid namespace",
-            )
-        )
-    return found
-
-
-def _change_for_field(
-    field: str, names: list[str], events: tuple[EventPlan, ...], defines: Mapping[str, int]
-) -> str:
-    derived = {event.event for event in events if event.rung == DERIVED}
-    if any(
-        field in (hook.lacks or {})
-        for name in derived.intersection(names)
-        for hook in HOOKS[name]
-        if hook.rung == DERIVED
-    ):
-        return "a recipe for this build (`ksmtrace sites resolve VMLINUX`)"
-    if field in ("pfn", "new_pfn") and "VMEMMAP_BASE_ADDRESS" not in defines:
-        return "root (CAP_SYSLOG), on a kernel with CONFIG_KALLSYMS_ALL=y"
-    return "a kernel with BTF (CONFIG_DEBUG_INFO_BTF=y) that has these members"
-
-
-def _why_gap(gap: Gap, facts: Facts) -> str:
-    known = {**(facts.ksm or {}), **(facts.vmstat or {})}
-    absent = [name for name in gap.counters if known.get(name) is None]
-    if absent:
-        return f"{gap.why}; and this kernel has no {', '.join(absent)}"
-    return f"{gap.why}; still known: {gap.still_known}"
-
-
-def _what_changes(gap: Gap, facts: Facts) -> str:
-    if not gap.functions:
-        return "a tracepoint in the kernel"
-    functions = facts.functions or {}
-    visible = [name for name in gap.functions if functions.get(name)]
-    target = " or ".join(visible or gap.functions)
-    if not visible and facts.functions is not None:
-        target += ", which this kernel's compiler inlined"
-    return f"a probe on {target}: {_probes_here(facts)}"
-
-
-def _probes_here(facts: Facts) -> str:
-    if facts.loading is None:
-        return "a kernel with fentry or kprobes; not tried here"
-    outcomes = {kind: facts.loading.get(kind) for kind in ("fentry", "kprobe")}
-    working = [kind for kind, probe in outcomes.items() if probe is not None and probe.works]
-    if working:
-        return f"{' and '.join(working)} work here; ksmtrace does not tell this yet"
-    return "a kernel with kprobes or fentry; here neither works"
-
-
-def _unseen_counters(facts: Facts) -> list[tuple[str, str, str]]:
-    found = []
-    change = "a kernel that has it"
-    for directory, values in (("/sys/kernel/mm/ksm/", facts.ksm), ("/proc/vmstat ", facts.vmstat)):
-        absent = [name for name, value in (values or {}).items() if value is None]
-        if absent:
-            found.append(
-                (
-                    directory + ", ".join(absent),
-                    "this kernel does not have it: absent, not 0",
-                    change,
-                )
-            )
-    missing_keys = [key for key, present in (facts.ksm_stat or {}).items() if not present]
-    if missing_keys:
-        found.append(
-            (
-                "/proc/PID/ksm_stat " + ", ".join(missing_keys),
-                "this kernel does not print it: absent, not 0",
-                change,
-            )
-        )
-    if facts.symbols is not None and not facts.symbols.objects_listed:
-        found.append(
-            (
-                "the kernel's own variables at an event (ksm_rmap_items, ksm_scan.seqnr, ...)",
-                "/proc/kallsyms lists no data objects; still known: rmap_entries in the events "
-                "of a pass, and the files of sysfs once a sample",
-                "a kernel with CONFIG_KALLSYMS_ALL=y",
-            )
-        )
-    elif facts.symbols is not None and facts.symbols.hidden:
-        found.append(
-            (
-                "addresses of the kernel's functions and variables",
-                "/proc/kallsyms shows them as 0 to this user",
-                "run as root (CAP_SYSLOG)",
-            )
-        )
-    if facts.kpf_ksm is not None and facts.kpf_ksm.truthful is False:
-        found.append(
-            (
-                "which page frames are KSM pages, from /proc/kpageflags",
-                facts.kpf_ksm.reason,
-                "a kernel in which stable_page_flags() compares the whole mapping flag",
-            )
-        )
-    elif facts.kpf_ksm is None or facts.kpf_ksm.truthful is None:
-        reason = facts.kpf_ksm.reason if facts.kpf_ksm else facts.unknown.get("kpf_ksm", "")
-        found.append(
-            (
-                "whether /proc/kpageflags tells the truth about KSM pages",
-                reason,
-                "run as root, on a kernel with CONFIG_PROC_PAGE_MONITOR=y",
-            )
-        )
-    return found

@@ -92,6 +92,18 @@ class ProcessTable:
                 pid, int(first["ts_ns"][0]), bytes(names["comm"][-1]) if len(names) else None
             )
 
+    def name_waiters(self, events: Events) -> Iterator[ProcessSeen]:
+        """Yield the identities of those who wait for locks, and of those who hold them."""
+        waits = of_kind(events, "lock_wait")
+        if not len(waits):
+            return
+        for pid, first in zip(*np.unique(waits["pid"], return_index=True), strict=True):
+            wait = waits[first]
+            yield from self.name(int(pid), int(wait["ts_ns"]), bytes(wait["comm"]))
+        for pid, first in zip(*np.unique(waits["holder_pid"], return_index=True), strict=True):
+            if pid:
+                yield from self.name(int(pid), int(waits[first]["ts_ns"]))
+
     def name(self, pid: int, ts_ns: int, comm: bytes | None = None) -> Iterator[ProcessSeen]:
         """Yield who a pid is, unless that was told before.
 

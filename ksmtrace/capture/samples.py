@@ -10,7 +10,7 @@ from pathlib import Path
 from ksmtrace.errors import CannotRun
 from ksmtrace.kernel import procfs, sysfs, vmstat
 from ksmtrace.kernel.files import ROOT
-from ksmtrace.kernel.process_events import read_taskstats
+from ksmtrace.kernel.process_events import CopyDelays, read_taskstats
 from ksmtrace.stream import CounterSample, Scalar
 
 
@@ -23,10 +23,15 @@ class CounterSampler:
     Args:
         ksmd_pid: ksmd's pid, None where it is not visible.
         root: the tree to read from.
+        copy_delays: asks for the processes' delays by copies on write; None where the kernel
+            does not account them.
     """
 
-    def __init__(self, ksmd_pid: int | None, root: Path = ROOT) -> None:
+    def __init__(
+        self, ksmd_pid: int | None, root: Path = ROOT, copy_delays: CopyDelays | None = None
+    ) -> None:
         self._ksmd_pid = ksmd_pid
+        self._copy_delays = copy_delays
         self._root = root
         self._watched: set[int] = set()
 
@@ -60,7 +65,8 @@ class CounterSampler:
             if stat is None:
                 self._watched.discard(pid)
             else:
-                processes[pid] = stat
+                delays = self._copy_delays.read(pid) if self._copy_delays else None
+                processes[pid] = {**stat, **(delays or {})}
         return CounterSample(
             begin_ns, time.monotonic_ns(), ksm, counters, self._read_ksmd(), processes
         )

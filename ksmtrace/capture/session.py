@@ -19,14 +19,15 @@ from ksmtrace.capture.plan import Plan
 from ksmtrace.capture.processes import ProcessTable
 from ksmtrace.capture.ring import Ring
 from ksmtrace.capture.samples import CounterSampler
-from ksmtrace.errors import CannotRun, KsmtraceError, UsageError
-from ksmtrace.events import KINDS, NR_KINDS, SLOT_BYTES, Events
+from ksmtrace.errors import CannotRun, KernelInterfaceError, KsmtraceError, UsageError
+from ksmtrace.events import KINDS, NR_KINDS, SLOT_BYTES, Events, of_kind
 from ksmtrace.kernel import sysfs
 from ksmtrace.kernel.facts import Facts
-from ksmtrace.kernel.ksm_memory import read_ksm_memory
+from ksmtrace.kernel.kallsyms import Symbolizer
+from ksmtrace.kernel.ksm_memory import KsmMemory, KsmMemoryReader
 from ksmtrace.kernel.page_truth import read_page_truth
-from ksmtrace.kernel.process_events import ProcessEvents
-from ksmtrace.stream import Batch, Header, Item, Losses, Trailer, Witnessed
+from ksmtrace.kernel.process_events import CopyDelays, ProcessEvents
+from ksmtrace.stream import Batch, Header, Item, Losses, StackSeen, Trailer, Witnessed
 from ksmtrace.units import text_bytes
 
 DEFAULT_RING_BYTES = 16 << 20
@@ -36,11 +37,18 @@ MOST_SNAPSHOT_PAGES = 200_000
 Nothing takes events from the ring meanwhile, so that a much longer reading could lose some.
 """
 
+MEMORY_PATIENCE_NS = 1_000_000_000
+"""How long the kernel's memory is read anew where ksmd was at work during the reading."""
+
+_MEMORY_PAUSE_S = 0.007  # for ksmd to finish its batch
 _LARGEST_RING_SHARE = 4  # of MemAvailable: more would push out what is being observed
 
 _SHORTEST_WAIT_S = 0.005
 _LONGEST_WAIT_S = 0.05  # an idle ring of the default size then bears a burst of 5 million events/s
 _SETTLE_S = 2.0
+
+_KINDS_WITH_STACK = tuple(kind.name for kind in KINDS if "stack" in kind.body)
+_OURS = re.compile(r"(bpf_|__bpf_|trace_call_bpf|__traceiter_|0x|ftrace_|kprobe_|fprobe_)")
 
 T = TypeVar("T")
 
@@ -115,19 +123,34 @@ class Capture:
         self._counted = plan.counted
         self._kpf_ksm = facts.kpf_ksm
         self._missed: dict[str, int] = {}
+        self._memory: KsmMemoryReader | None = None
+        self._stacks: set[int] = set()
+        self._symbolizer: Symbolizer | None = None
         self._until = until
         self._recorded = np.zeros(NR_KINDS, np.int64)
-        self._sampler = CounterSampler(facts.ksmd_pid)
         self._processes = ProcessTable()
         with contextlib.ExitStack() as opening:
+            copy_delays = self._ask_for_delays(facts)
+            if copy_delays is not None:
+                opening.callback(copy_delays.close)
+            self._sampler = CounterSampler(facts.ksmd_pid, copy_delays=copy_delays)
             self._process_events = self._subscribe()
             if self._process_events is not None:
                 opening.callback(self._process_events.close)
             self._processes.read_all()
+            opening.callback(self._close_memory)
+            # Here it costs no event that symbols and offsets take long to look up.
+            if settings.witnesses or settings.snapshot:
+                with contextlib.suppress(CannotRun):
+                    self._open_memory()
             self._programs = Programs(plan.attachments, plan.defines, settings.ring_bytes)
             opening.callback(self._programs.close)
             self._ring = Ring(self._programs.ring_fd, settings.ring_bytes)
             opening.callback(self._ring.close)
+            # Only now: the programs have names as well, and are the innermost frames of each stack.
+            with contextlib.suppress(KernelInterfaceError):
+                self._symbolizer = Symbolizer()
+            self._programs.begin()
             self._open = opening.pop_all()
         self.header = Header(
             version=__version__,
@@ -174,6 +197,8 @@ class Capture:
                 time.sleep(wait_s)
             if self._settings.witnesses:
                 yield from self._witness("last", both=True)
+            # Whoever had first to do with KSM since the last drain belongs in the last sample.
+            yield from self._drain()
             yield from self._sample()
         except KsmtraceError as error:
             self.progress.failure = error
@@ -214,8 +239,19 @@ class Capture:
         for owner in self._processes.name_owners(events):
             self._sampler.watch([owner.pid])
             yield owner
+        yield from self._processes.name_waiters(events)
         yield Batch(events)
+        yield from self._name_stacks(events)
         return len(events)
+
+    def _name_stacks(self, events: Events) -> Iterator[Item]:
+        """Yield the stacks that events name for the first time."""
+        name = self._symbolizer.name if self._symbolizer else hex
+        numbers = of_kind(events, *_KINDS_WITH_STACK)["stack"]
+        for number in sorted(set(numbers[numbers >= 0].tolist()) - self._stacks):
+            self._stacks.add(number)
+            frames = [name(at) for at in self._programs.stack(number)]
+            yield StackSeen(time.monotonic_ns(), number, _without_ours(frames))
 
     def _count(self, events: Events) -> None:
         self._recorded += np.bincount(events["kind"], minlength=NR_KINDS)
@@ -248,7 +284,7 @@ class Capture:
         begin_ns = time.monotonic_ns()
         memory, pages, why_not = None, None, {}
         try:
-            memory = read_ksm_memory()
+            begin_ns, memory = yield from self._read_memory()
         except CannotRun as error:
             why_not["memory"] = f"{error} ({error.hint})" if error.hint else str(error)
         try:
@@ -256,6 +292,35 @@ class Capture:
         except CannotRun as error:
             why_not["pages"] = f"{error} ({error.hint})" if error.hint else str(error)
         yield Witnessed(moment, begin_ns, time.monotonic_ns(), memory, pages, why_not)
+
+    def _read_memory(self) -> Generator[Item, None, tuple[int, KsmMemory]]:
+        """Read the kernel's memory, anew while ksmd is at work; returns also when that began.
+
+        Yields the events that come meanwhile, all of them older than the reading that counts.
+        """
+        reader = self._open_memory()
+        deadline_ns = time.monotonic_ns() + MEMORY_PATIENCE_NS
+        while True:
+            begin_ns = time.monotonic_ns()
+            is_last = begin_ns > deadline_ns
+            try:
+                memory = reader.read(attempts=1)
+                if memory.consistent or is_last:
+                    return begin_ns, memory
+            except KernelInterfaceError:
+                if is_last:
+                    raise
+            time.sleep(_MEMORY_PAUSE_S)
+            yield from self._drain()
+
+    def _open_memory(self) -> KsmMemoryReader:
+        if self._memory is None:
+            self._memory = KsmMemoryReader.open()
+        return self._memory
+
+    def _close_memory(self) -> None:
+        if self._memory is not None:
+            self._memory.close()
 
     def _is_small(self) -> bool:
         if not self._settings.snapshot:
@@ -288,6 +353,16 @@ class Capture:
             self.notices.append("the kernel dropped process events: some names may be old")
         yield losses
 
+    def _ask_for_delays(self, facts: Facts) -> CopyDelays | None:
+        offsets = facts.copy_delay_offsets
+        if offsets is None or not facts.task_delayacct:
+            return None
+        try:
+            return CopyDelays(*offsets)
+        except CannotRun as error:
+            self.notices.append(f"delays by copies on write are unknown: {error}")
+            return None
+
     def _subscribe(self) -> ProcessEvents | None:
         subscription = ProcessEvents()
         try:
@@ -296,6 +371,14 @@ class Capture:
             self.notices.append(f"short-lived processes may stay nameless: {error}")
             return None
         return subscription
+
+
+def _without_ours(frames: list[str]) -> list[str]:
+    """Leave out the innermost frames, which are those of the program that took the stack."""
+    ours = 0
+    while ours < len(frames) and _OURS.match(frames[ours]):
+        ours += 1
+    return frames[ours:]
 
 
 def _check_ring(ring_bytes: int) -> None:
