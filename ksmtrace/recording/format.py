@@ -10,13 +10,14 @@ import pyarrow as pa
 
 from ksmtrace.events import EVENT_DTYPE, PAYLOAD_BYTES, Events
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Bumped with every change that an older reader would misread.
 
 2: readings of the witnesses, and more in Losses. Version 1 reads as a 2 without them.
+3: stacks. Version 2 reads as a 3 without them.
 """
 
-READABLE_VERSIONS = ("1", "2")
+READABLE_VERSIONS = ("1", "2", "3")
 
 SUFFIX = ".ksmt"
 

@@ -29,9 +29,13 @@ from ksmtrace.stream import (
     Item,
     Losses,
     ProcessSeen,
+    StackSeen,
     Trailer,
     Witnessed,
 )
+
+# Before every message of an Arrow stream, the first of which holds the header.
+_STREAM_BEGIN = b"\xff\xff\xff\xff"
 
 # What Arrow, JSON and the items' constructors raise for bytes that nobody wrote.
 _UNDECODABLE = (
@@ -65,7 +69,8 @@ class RecordingReader:
         try:
             self._content = path.read_bytes() if path.stat().st_size == 0 else _mapped(path)
         except OSError as error:
-            raise RecordingError(f"{path} cannot be read: {error.strerror}") from error
+            why = "it is no regular file" if error.strerror is None else error.strerror
+            raise RecordingError(f"{path} cannot be read: {why}") from error
         self._source = pa.BufferReader(self._content)
         try:
             # Threads would take longer to start than one of our messages takes to decode.
@@ -155,8 +160,11 @@ class RecordingReader:
     def _no_recording(self) -> RecordingError:
         if len(self._content) == 0:
             return ForeignRecording(f"{self.path} is empty", "it was cut off before its header")
+        begins_as_one = bytes(self._content[: len(_STREAM_BEGIN)]) == _STREAM_BEGIN
+        or_cut_off = ", or was cut off in its header" if begins_as_one else ""
         return ForeignRecording(
-            f"{self.path} is no ksmtrace recording", "make one with `ksmtrace record -o FILE`"
+            f"{self.path} is no ksmtrace recording{or_cut_off}",
+            "make one with `ksmtrace record -o FILE`",
         )
 
     def _damaged(self, position: int) -> DamagedRecording:
@@ -180,5 +188,5 @@ def _from_note(fields: dict[str, Any]) -> Item:
 
 
 _NOTES: dict[str, Callable[..., Item]] = {
-    note.__name__: note for note in (CounterSample, ProcessSeen, Losses, Trailer)
+    note.__name__: note for note in (CounterSample, ProcessSeen, StackSeen, Losses, Trailer)
 }

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import io
 import json
 import os
-import stat
 import zlib
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ksmtrace.errors import CannotRun, UsageError
+from ksmtrace.errors import CannotRun
 from ksmtrace.events import KINDS, Events, concatenate
 from ksmtrace.recording import witness
 from ksmtrace.recording.format import (
@@ -30,6 +28,7 @@ from ksmtrace.recording.format import (
     VERSION_KEY,
     to_planes,
 )
+from ksmtrace.recording.output import create
 from ksmtrace.stream import Batch, Header, Item, Witnessed
 
 _NO_EVENTS = pa.nulls(1, pa.large_binary())
@@ -47,6 +46,9 @@ class RecordingWriter:
         header: what was true before the first event.
         force: overwrite an existing regular file.
 
+    Attributes:
+        written_events: how many events the file holds so far.
+
     Raises:
         UsageError: the file exists and ``force`` is off, or its directory does not exist.
         CannotRun: the file cannot be created or written, for example because the disk is full.
@@ -57,6 +59,7 @@ class RecordingWriter:
         self._file = _RecordingFile(path, force)
         self._gathered: list[Events] = []
         self._gathered_events = 0
+        self.written_events = 0
         metadata: dict[bytes | str, bytes | str] = {
             VERSION_KEY: str(FORMAT_VERSION),
             HEADER_KEY: _json(dataclasses.asdict(header)),
@@ -98,7 +101,7 @@ class RecordingWriter:
         else:
             notes = iter([{"type": type(item).__name__, **dataclasses.asdict(item)}])
         for note in notes:
-            self._write(_NO_EVENTS, pa.array([_json(note)]))
+            self._write(_NO_EVENTS, _one(pa.string(), np.int32, _json(note).encode()))
 
     def flush(self) -> None:
         """Write the gathered events."""
@@ -110,10 +113,8 @@ class RecordingWriter:
         for begin in range(0, len(events), BATCH_EVENTS):
             part = events[begin : begin + BATCH_EVENTS]
             planes = to_planes(part)
-            bounds = np.array([0, planes.nbytes], np.int64)
-            buffers = [None, pa.py_buffer(bounds.data), pa.py_buffer(planes.data)]
-            # One value of all the bytes, without a copy of them.
-            self._write(pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, buffers), _NO_NOTE)
+            self._write(_one(pa.large_binary(), np.int64, planes.data), _NO_NOTE)
+            self.written_events += len(part)
 
     def close(self) -> None:
         """Write what is gathered, seal the file with its checksum, and close it."""
@@ -157,26 +158,7 @@ class _RecordingFile(io.RawIOBase):
     _fd = -1
 
     def __init__(self, path: Path, force: bool) -> None:
-        # O_NONBLOCK: else opening a FIFO would wait for its reader.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        flags |= os.O_TRUNC if force else os.O_EXCL
-        try:
-            fd = os.open(path, flags, 0o600)
-        except FileExistsError:
-            raise UsageError(
-                f"{path} exists", "choose another name, or overwrite it with --force"
-            ) from None
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                raise _not_a_file(path) from None
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
-                raise UsageError(f"{path}: {error.strerror}") from error
-            raise CannotRun(f"{path} cannot be created: {error.strerror}") from error
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise _not_a_file(path)
-        self._fd = fd
-        os.fchmod(fd, 0o600)  # with force the file may have had another mode
+        self._fd = create(path, force)
         self._path = path
         self._message = bytearray()
         self.position = 0
@@ -220,8 +202,14 @@ class _RecordingFile(io.RawIOBase):
         super().close()
 
 
-def _not_a_file(path: Path) -> UsageError:
-    return UsageError(f"{path} is no regular file", "choose another name")
+def _one(kind: pa.DataType, offset: type[np.signedinteger[Any]], content: Any) -> pa.Array[Any]:
+    """Make an array of one value, without a copy of its bytes.
+
+    pa.array() would import pandas, which takes a second or more in which nobody empties the ring.
+    """
+    bounds = np.array([0, len(memoryview(content).cast("B"))], offset)
+    buffers = [None, pa.py_buffer(bounds.data), pa.py_buffer(content)]
+    return pa.Array.from_buffers(kind, 1, buffers)
 
 
 def _json(content: Any) -> str:
