@@ -68,13 +68,14 @@ def make_content(header: Header, state: TreeState, top: int | None = None) -> di
         top: only so many stable_nodes, those with the most sharers.
     """
     by_sharers = order_by_sharers(state)[:top]
+    knows_trees = state.world.has_nodes
     sample = state.sample
     return {
         "kernel": {"release": release_of(header)},
         "started_ns": header.started_ns,
         "at_ns": state.at_ns,
         "world": state.world.name.lower(),
-        "complete": not state.incomplete and state.older is None,
+        "complete": not state.incomplete and state.older is None and state.world != World.MAPPED,
         "older": None if state.older is None else asdict(state.older),
         "incomplete": [asdict(reason) for reason in state.incomplete],
         "not_visible": list(state.not_visible),
@@ -84,7 +85,9 @@ def make_content(header: Header, state: TreeState, top: int | None = None) -> di
         else {"sampled_ns": sample.begin_ns, **{name: sample.ksm.get(name) for name in COUNTERS}},
         "scan": asdict(state.scan),
         "stable_nodes": _nodes(state, by_sharers),
-        "chains": [
+        "chains": None
+        if not knows_trees
+        else [
             {
                 "chain": f"{row['chain']:#x}",
                 "nid": _known(row["nid"]),
@@ -94,7 +97,9 @@ def make_content(header: Header, state: TreeState, top: int | None = None) -> di
             }
             for row in state.chains
         ],
-        "unstable_rmap_items": [
+        "unstable_rmap_items": None
+        if not knows_trees
+        else [
             {
                 **_place(state, row),
                 "seqnr": int(row["seqnr"]),
@@ -103,7 +108,18 @@ def make_content(header: Header, state: TreeState, top: int | None = None) -> di
             }
             for row in state.rmap_items[state.rmap_items["state"] == ItemState.UNSTABLE]
         ],
-        "processes": [{**asdict(row), "mm": f"{row.mm:#x}"} for row in find_processes(state)],
+        "processes": [
+            {
+                **asdict(row),
+                "mm": _mm(state, row.mm),
+                "unstable": None if state.totals.pages_unshared is None else row.unstable,
+                "none": row.none if knows_trees else None,
+                "zero_pages_placed": None
+                if state.totals.zero_pages_placed is None
+                else row.zero_pages_placed,
+            }
+            for row in find_processes(state)
+        ],
     }
 
 
@@ -200,7 +216,7 @@ def _nodes(state: TreeState, rows: Array) -> list[dict[str, Any]]:
                 "nid": _known(row["nid"]),
                 "tree_nid": _known(row["tree_nid"]),
                 "chain": f"{row['chain']:#x}" if row["chain"] else None,
-                "placed": bool(row["placed"]) if state.world == World.FUNCTIONS else None,
+                "placed": bool(row["placed"]) if state.world.has_nodes else None,
                 "born_ns": int(row["born_ns"]) or None,
                 "before_recording": bool(row["before_recording"]),
                 "unseen_sharers": bool(row["unseen_sharers"]),
@@ -226,9 +242,13 @@ def _place(state: TreeState, item: Any) -> dict[str, Any]:
         "comm": seen.comm if seen else None,
         "guest": seen.guest if seen else None,
         "address": f"{item['address']:#x}",
-        "mm": f"{item['mm']:#x}",
-        "rmap_item": f"{item['rmap_item']:#x}",
+        "mm": _mm(state, item["mm"]),
+        "rmap_item": f"{item['rmap_item']:#x}" if item["rmap_item"] else None,
     }
+
+
+def _mm(state: TreeState, mm: int) -> str | None:
+    return None if state.world == World.MAPPED else f"{mm:#x}"
 
 
 def _who(state: TreeState, pid: int, comm: bytes) -> Mapping[str, Any]:

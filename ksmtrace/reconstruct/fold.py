@@ -13,19 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ksmtrace.events import (
-    EVENT_DTYPE,
     KIND_BY_NAME,
     KINDS,
     NR_KINDS,
-    PAYLOAD_BYTES,
     EventFlag,
     Events,
+    check_sorting,
     concatenate,
+    select,
 )
 from ksmtrace.kernel.ksm_memory import (
     FLAG_MASK,
@@ -206,6 +207,7 @@ class Fold:
 
     Args:
         header: the stream's.
+        world: by which events the trees are known; None: by those in the header's plan.
 
     Attributes:
         header: the stream's.
@@ -217,6 +219,9 @@ class Fold:
             :data:`SPAN_DTYPE`.
         reset_order: order of the last thing that took all rmap_items and all chains.
         lost_nodes_order: order of the last thing that took all nodes.
+        unmerged_ns: when run=2 was last done with.
+        one_tree: the last that an event told of merge_across_nodes: when, and whether the pages of
+            all NUMA nodes are in one tree; None as long as none has.
         no_chains_ns: when the kernel last counted no chain.
         has_visits: whether looks at pages are in the stream.
         known_from_memory: whether the kernel's memory has been taken in.
@@ -226,11 +231,15 @@ class Fold:
         seen: process identities by pid, each list in order of time.
         incomplete: what is known to be amiss.
         nr_events: events taken in.
+
+    Raises:
+        CannotRun: this CPU does not sort.
     """
 
-    def __init__(self, header: Header) -> None:
+    def __init__(self, header: Header, world: World | None = None) -> None:
+        check_sorting()
         self.header = header
-        self.world = world_of(header)
+        self.world = world_of(header) if world is None else world
         self.nodes = Table(_NODE_COLUMNS)
         self.items = Table(_ITEM_COLUMNS)
         self.mms = Table(_MM_COLUMNS)
@@ -239,6 +248,8 @@ class Fold:
         self.spans: list[Array] = []
         self.reset_order = -1
         self.lost_nodes_order = -1
+        self.unmerged_ns = 0
+        self.one_tree: tuple[int, bool] | None = None
         self.no_chains_ns = 0
         self.has_visits = False
         self.known_from_memory = False
@@ -294,6 +305,15 @@ class Fold:
                 self.load(item.memory, item.begin_ns, item.end_ns)
         elif isinstance(item, Trailer):
             self.last_ns = max(self.last_ns, item.ts_ns)
+
+    def forget_names(self, most: int) -> None:
+        """Forget who the pids were that were told of first, where there are more than so many.
+
+        Args:
+            most: pids that are kept.
+        """
+        while len(self.seen) > most:
+            self.seen.pop(next(iter(self.seen)))
 
     @property
     def nr_taken(self) -> int:
@@ -392,6 +412,7 @@ class Fold:
             if table is self.chains:
                 table["order"][rows] = order
                 table["told_ns"][rows] = taken_ns
+                table["nid"][rows] = held["root"]
                 continue
             all_rows[np.flatnonzero(chosen)[firsts]] = rows
             table["kpfn"][rows] = held["kpfn"]
@@ -443,7 +464,7 @@ class Fold:
             chosen &= ~ignored
             if (events["ts_ns"][ignored] >= begin_ns).any():
                 self.incomplete.append(Incomplete(begin_ns, _DISTURBED))
-        events, orders = _select(events, chosen), orders[chosen]
+        events, orders = select(events, chosen), orders[chosen]
         if self.world == World.TRACEPOINTS:
             events, orders = self._hold_first_step(events, orders)
         if not len(events):
@@ -463,7 +484,7 @@ class Fold:
         else:
             return
         self._take_items(
-            _select(events, chosen),
+            select(events, chosen),
             orders[chosen],
             mm_rows[chosen],
             mm_generations[chosen],
@@ -474,9 +495,9 @@ class Fold:
     # Passes and runs are few: one by one.
     def _take_passes(self, events: Events, orders: Rows, places: Rows) -> None:
         passes = self.passes
-        for event, order in zip(_select(events, places), orders[places].tolist(), strict=True):
+        for event, order in zip(select(events, places), orders[places].tolist(), strict=True):
             if event["kind"] == _RUN:
-                self._take_run(int(event["run"]), int(event["err"]), order)
+                self._take_run(event, order)
                 continue
             seq, ts_ns = int(event["seq"]), int(event["ts_ns"])
             if passes.seqnr is not None and seq < passes.seqnr:
@@ -493,16 +514,17 @@ class Fold:
                 passes.complete += passes.running is True and seq == passes.seqnr
                 passes.running, passes.seqnr, passes.end_ns = False, seq + 1, ts_ns
 
-    def _take_run(self, run: int, err: int, order: int) -> None:
+    def _take_run(self, event: Any, order: int) -> None:
         # run=2 frees every rmap_item and every chain, where it succeeds; a stable_node whose page
         # is still mapped stays, and each that goes has its event (mm/ksm.c: run_store,
         # unmerge_and_remove_all_rmap_items, remove_all_stable_nodes).
-        if run != 2:
+        if event["run"] != 2:
             return
         self.passes.running = False
-        if err == 0:
+        if event["err"] == 0:
             self.passes.seqnr = 0
             self.reset_order = order
+            self.unmerged_ns = int(event["ts_ns"])
 
     # ---- mms ----
 
@@ -532,7 +554,7 @@ class Fold:
             number = number + begun
         last = np.zeros(len(self.mms), np.uint32)
         last[found] = number  # generations rise, so the last one stays
-        self._describe_mms(_select(events, chosen), found, number == last[found], last)
+        self._describe_mms(select(events, chosen), found, number == last[found], last)
         rows[chosen], generations[chosen] = found, number
         return rows, generations
 
@@ -582,12 +604,12 @@ class Fold:
         self._take_chains(events, orders)
         if not len(chosen):
             return rows, generations
-        acts = _select(events, chosen)
+        acts = select(events, chosen)
         never = np.zeros(len(acts), bool)
         lives = _follow(self.nodes, acts["stable_node"], never, acts["kind"] == _FREE_NODE)
         rows[chosen[lives.order]] = lives.rows
         generations[chosen[lives.order]] = lives.generations
-        self._describe_nodes(_select(acts, lives.order), orders[chosen[lives.order]], lives)
+        self._describe_nodes(select(acts, lives.order), orders[chosen[lives.order]], lives)
         return rows, generations
 
     def _describe_nodes(self, acts: Events, orders: Rows, lives: _Lives) -> None:
@@ -621,6 +643,7 @@ class Fold:
         note("emptied_order", (kinds == _LEAVE) & ((flags & EventFlag.LAST_SHARER) != 0), orders)
         placed = (kinds == _INSERT) | (kinds == _NEW_CHAIN) | (kinds == _FREE_CHAIN)
         note("tree_nid", placed | (kinds == _FREE_NODE), acts["nid"])
+        self._note_trees(acts, orders, placed, birth)
         # A node that gets sharers anew may be so far down in its chain that the chain was not
         # found (bpf/functions.c: MOST_DUPS_BEFORE): then what was known holds.
         told = (kinds == _NEW_CHAIN) | ((kinds == _INSERT) & (acts["chain"] != 0))
@@ -637,6 +660,17 @@ class Fold:
         note("closed_ns", closes, ts_ns)
         note("closed_order", closes, orders)
         note("open", closes, ~yes)
+
+    def _note_trees(self, acts: Events, orders: Rows, placed: Mask, birth: Mask) -> None:
+        # A new node's nid is that of its page, and 0 with merge_across_nodes (mm/ksm.c:
+        # stable_tree_insert, NUMA); one that is older may have moved since.
+        two = placed & (acts["nid"] > 0)
+        one = birth & (acts["kind"] == _INSERT) & (acts["nid"] == 0)
+        one[one] = nid_of(self.header, acts["pfn"][one]) > 0
+        telling = np.flatnonzero(one | two)
+        if len(telling):
+            last = telling[orders[telling].argmax()]
+            self.one_tree = int(acts["ts_ns"][last]), bool(one[last])
 
     def _keep_spans(self, acts: Events, lives: _Lives, unseen_opens: Mask) -> None:
         # Before the rows change: where nodes have been whose beginning was not seen.
@@ -670,14 +704,14 @@ class Fold:
         places = np.flatnonzero(tells & (events["chain"] != 0))
         if not len(places):
             return
-        acts, kinds = _select(events, places), kinds[places]
+        acts, kinds = select(events, places), kinds[places]
         lives = _follow(self.chains, acts["chain"], kinds == _NEW_CHAIN, kinds == _FREE_CHAIN)
         renewed, generations = lives.renewed()
         chains = self.chains
         chains.forget(renewed)
         chains["generation"][renewed] = generations
         by, now = lives.order, lives.current
-        acts, orders, kinds = _select(acts, by), orders[places[by]], kinds[by]
+        acts, orders, kinds = select(acts, by), orders[places[by]], kinds[by]
         rows = lives.rows[now]
         chains["open"][rows] = (kinds != _FREE_CHAIN)[now]
         chains["order"][rows] = orders[now]
@@ -702,7 +736,7 @@ class Fold:
             self._begun = events[last : last + 1].copy(), orders[last : last + 1].copy()
             rest = np.ones(len(events), bool)
             rest[last] = False
-            events, orders = _select(events, rest), orders[rest]
+            events, orders = select(events, rest), orders[rest]
         return events, orders
 
     def _order_pairs(self, events: Events, orders: Rows) -> Rows:
@@ -878,13 +912,6 @@ def world_of(header: Header) -> World:
     if can_see(header, *FUNCTIONS):
         return World.FUNCTIONS
     return World.TRACEPOINTS if can_see(header, *TRACEPOINTS) else World.NONE
-
-
-def _select(events: Events, chosen: Mask | Rows) -> Events:
-    # numpy would copy a structured row field by field, overlapping fields and all.
-    rows = np.ascontiguousarray(events).view(f"V{PAYLOAD_BYTES}")[chosen]
-    selected: Events = rows.view(EVENT_DTYPE)
-    return selected
 
 
 def _follow(table: Table, keys: Array, births: Mask, closes: Mask) -> _Lives:

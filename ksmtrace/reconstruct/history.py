@@ -93,14 +93,14 @@ def page_history(header: Header, batches: Iterable[Events], pid: int, address: i
     own = np.flatnonzero(chosen)
     lives = _Lives(events, world_of(header))
     for life, begin, end in _shares(events, own, lives):
-        of_life = lives.places[lives.numbers == life]
+        of_life = lives.places[lives.life[lives.places] == life]
         about = _OF_NODE[events["kind"][of_life]]
         if lives.world == World.TRACEPOINTS:
             about = events["kind"][of_life] == _FREE_FRAME
         chosen[of_life[about & (of_life > begin) & (of_life <= end)]] = True
     items = events["rmap_item"][own[_WITH_ITEM[events["kind"][own]]]]
-    shared = [lives.key[place] for place in own.tolist() if place in lives.key]
-    return _history(events, orders, chosen, items, np.array(shared, np.uint64), lives.world)
+    shared = lives.key[own[lives.life[own] > 0]]
+    return _history(events, orders, chosen, items, shared, lives.world)
 
 
 def frame_history(header: Header, batches: Iterable[Events], pfn: int) -> PageHistory:
@@ -126,31 +126,29 @@ def frame_history(header: Header, batches: Iterable[Events], pfn: int) -> PageHi
     events, orders = _gather(batches, touches)
     chosen = touches(events)
     lives = _Lives(events, world_of(header))
-    follows = np.isin(lives.numbers, lives.numbers[chosen[lives.places]])
-    places = lives.places[follows]
+    numbers = lives.life[lives.places]
+    places = lives.places[np.isin(numbers, numbers[chosen[lives.places]])]
     chosen[places] = True
     items = events["rmap_item"][places[_WITH_ITEM[events["kind"][places]]]]
-    nodes = np.array([lives.key[place] for place in places.tolist()], np.uint64)
-    return _history(events, orders, chosen, items, nodes, lives.world)
+    return _history(events, orders, chosen, items, lives.key[places], lives.world)
 
 
 class _Lives:
     # The lives of the stable_nodes (by tracepoints: of the frames) that events name.
     #
-    # places: the events that name one, by node and in order. numbers: of the life that each of
-    # them belongs to. key: per place the address or the frame. life: per place the number.
+    # places: the events that name one, by node and in order. life: per event the number of the
+    # life that it belongs to, from 1; 0 none. key: per event the node's address or its frame.
 
     def __init__(self, events: Events, world: World) -> None:
         self.world = world
         kinds = events["kind"]
         if world == World.TRACEPOINTS:
-            named, key = np.flatnonzero(_OF_FRAME[kinds]), "pfn"
+            self.key, names = events["pfn"], _OF_FRAME[kinds]
         else:
-            named, key = (
-                np.flatnonzero(_WITH_NODE[kinds] & (events["stable_node"] != 0)),
-                ("stable_node"),
-            )
-        groups = Groups(events[key][named])
+            self.key = events["stable_node"]
+            names = _WITH_NODE[kinds] & (self.key != 0)
+        named = np.flatnonzero(names)
+        groups = Groups(self.key[named])
         self.places = named[groups.order]
         kinds = kinds[self.places]
         ends = (kinds == _FREE_NODE) | (kinds == _FREE_FRAME)
@@ -158,9 +156,8 @@ class _Lives:
         stale = (kinds == _LEAVE) & ((events["flags"][self.places] & EventFlag.NODE_FREED) != 0)
         begins = groups.first.copy()
         begins[1:] |= (ends[:-1] & ~stale[1:]) | stale[:-1]
-        self.numbers: Rows = np.cumsum(begins)
-        self.key = dict(zip(self.places.tolist(), events[key][self.places].tolist(), strict=True))
-        self.life = dict(zip(self.places.tolist(), self.numbers.tolist(), strict=True))
+        self.life = np.zeros(len(events), np.int64)
+        self.life[self.places] = np.cumsum(begins)
 
 
 def _shares(events: Events, own: Rows, lives: _Lives) -> Iterator[tuple[int, int, int]]:
@@ -171,23 +168,23 @@ def _shares(events: Events, own: Rows, lives: _Lives) -> Iterator[tuple[int, int
         kind = events["kind"][place]
         joins = kind == _APPEND
         if lives.world == World.TRACEPOINTS:
-            joins = kind == _MERGE and not events["err"][place] and place in lives.life
+            joins = kind == _MERGE and not events["err"][place] and lives.life[place] > 0
         if joins:
             if joined is not None:
-                yield lives.life[joined], joined, place
+                yield int(lives.life[joined]), joined, place
             joined = place
         elif kind == _LEAVE:
             # One that was not seen to join has shared it since what was told before.
             begin = before if joined is None else joined
-            yield lives.life.get(place, 0), begin, place
+            yield int(lives.life[place]), begin, place
             joined = None
         elif kind == _SHARER_REMOVED and joined is not None:
             # It goes with its node, whose end is told of a moment later.
-            yield lives.life[joined], joined, end
+            yield int(lives.life[joined]), joined, end
             joined = None
         before = place if joins or kind in (_LEAVE, _SHARER_REMOVED) else before
     if joined is not None:
-        yield lives.life[joined], joined, end
+        yield int(lives.life[joined]), joined, end
 
 
 def _history(

@@ -11,13 +11,14 @@ import numpy as np
 from ksmtrace.events import Events
 from ksmtrace.reconstruct.fold import Fold
 from ksmtrace.reconstruct.snapshot import take_snapshot
-from ksmtrace.reconstruct.state import TreeState
+from ksmtrace.reconstruct.state import Incomplete, TreeState
 from ksmtrace.stream import (
     Batch,
     CounterSample,
     Item,
     Losses,
     ProcessSeen,
+    StackSeen,
     Stream,
     Trailer,
     Witnessed,
@@ -84,12 +85,15 @@ class Replay:
                 fold = checkpoint.fold.copy()
                 nr_items, known_ns = checkpoint.nr_items, checkpoint.known_ns
         last = fold.nr_events
+        come = fold.nr_taken
+        entered: list[tuple[int, int]] = []
         passed = tallied = False
         for item in islice(iter(stream), nr_items, None):
             nr_items += 1
             if isinstance(item, Batch):
                 if not len(item.events):
                     continue
+                come += len(item.events)
                 known = told_ns(item.events, known_ns)
                 passed = at_ns is not None and int(known[-1]) > at_ns
                 until = len(known) if at_ns is None else int((known <= np.uint64(at_ns)).sum())
@@ -102,6 +106,9 @@ class Replay:
                 # What was lost by then is in the first reading of the tallies afterwards.
                 fold.take_losses(item)
                 tallied = True
+            if isinstance(item, Losses):
+                nr_entered = sum(item.produced.values()) - sum(item.dropped.values())
+                entered.append((nr_entered, item.ts_ns))
             # Events come some time after what else is told of their time.
             if passed and tallied:
                 break
@@ -110,6 +117,12 @@ class Replay:
                 self._keep(_Checkpoint(nr_items, known_ns, fold.copy()))
         if at_ns is not None:
             fold.last_ns = at_ns
+        # Until the last event there is, and until tallies of which all events are there.
+        settled_ns = max(stream.header.started_ns, known_ns)
+        settled_ns = max([settled_ns, *(ts_ns for nr, ts_ns in entered if nr <= come)])
+        cut_off = getattr(stream, "cut_off", None)
+        if cut_off and fold.last_ns > settled_ns:
+            fold.incomplete.append(Incomplete(settled_ns, f"it was cut off: {cut_off}"))
         return take_snapshot(fold)
 
     def _keep(self, checkpoint: _Checkpoint) -> None:
@@ -160,5 +173,7 @@ def iter_states(stream: Stream) -> Iterator[tuple[CounterSample, TreeState]]:
         fold.take(item)
 
 
-def _time_of(item: CounterSample | Losses | ProcessSeen | Witnessed | Trailer) -> int:
+def _time_of(
+    item: CounterSample | Losses | ProcessSeen | StackSeen | Witnessed | Trailer,
+) -> int:
     return item.end_ns if isinstance(item, CounterSample | Witnessed) else item.ts_ns

@@ -175,15 +175,13 @@ def _stable_nodes(fold: Fold, joined: _Joined) -> tuple[Array, Rows]:
     frames = np.unique(joined.frame[joined.frame != 0])
     found = np.zeros(len(rows) + len(frames), STABLE_NODE_DTYPE)
     told, untold = found[: len(rows)], found[len(rows) :]
-    if fold.world == World.FUNCTIONS:
+    if fold.world.has_nodes:
         told["stable_node"] = nodes.keys[rows]
     for name in ("generation", "kpfn", "tree_nid", "chain", "born_ns", "moved", "moved_ns"):
         told[name] = nodes[name][rows]
     told["before_recording"] = nodes["unseen_birth"][rows]
     told["unseen_sharers"] = nodes["unseen_birth"][rows] & (nodes["emptied_order"][rows] < 0)
-    told["placed"] = (nodes["tree_nid"][rows] >= 0) & (
-        ~nodes["crossed"][rows] | (_across_nodes(fold) != 0)
-    )
+    told["placed"] = (nodes["tree_nid"][rows] >= 0) & (~nodes["crossed"][rows] | _is_one_tree(fold))
     untold["generation"] = 1
     untold["kpfn"] = frames
     untold["tree_nid"] = -1
@@ -198,9 +196,15 @@ def _stable_nodes(fold: Fold, joined: _Joined) -> tuple[Array, Rows]:
     return found, place
 
 
-def _across_nodes(fold: Fold) -> int | None:
-    value = fold.sample.ksm.get("merge_across_nodes") if fold.sample else None
-    return value if isinstance(value, int) else None
+def _is_one_tree(fold: Fold) -> bool:
+    # Whether all NUMA nodes are known to share a tree: by what was told last. A kernel without the
+    # knob has one tree. The knob can change only while nothing is merged (mm/ksm.c:
+    # merge_across_nodes_store), so what was told before that is no longer known.
+    told_ns, one_tree = fold.one_tree or (0, True)
+    if fold.sample is not None and fold.sample.begin_ns > told_ns:
+        told_ns = fold.sample.begin_ns
+        one_tree = fold.sample.ksm.get("merge_across_nodes") != 0
+    return one_tree and fold.unmerged_ns <= told_ns
 
 
 def _rmap_items(fold: Fold, joined: _Joined, place: Rows, nr_nodes: int) -> Array:
@@ -355,9 +359,11 @@ def _totals(
 ) -> Totals:
     sharers = nodes["sharers"]
     shared = int(np.count_nonzero(sharers))
-    functions = fold.world == World.FUNCTIONS
-    knows_chains = functions and can_see(
-        fold.header, "stable_tree_insert", "alloc_stable_node_chain", "free_stable_node_chain"
+    knows_chains = fold.world == World.MEMORY or (
+        fold.world == World.FUNCTIONS
+        and can_see(
+            fold.header, "stable_tree_insert", "alloc_stable_node_chain", "free_stable_node_chain"
+        )
     )
     knows_chains &= older is None and bool(nodes["placed"].all())
     # The first pass of the recording finds rmap_items that older passes have left in the tree.
@@ -367,13 +373,16 @@ def _totals(
     )
     # As it was read, as long as ksmd has not begun a pass since.
     knows_unstable |= passes.running is False and passes.seqnr == fold.loaded_seqnr
+    knows_unstable = fold.world == World.MEMORY or (
+        fold.world == World.FUNCTIONS and knows_unstable
+    )
     unstable = int(np.count_nonzero(items["state"] == ItemState.UNSTABLE))
     dups = nodes["chain"] != 0
-    zero = can_see(fold.header, "ksm_merge_one_page")
+    zero = can_see(fold.header, "ksm_merge_one_page") and not fold.world.is_live
     return Totals(
         pages_shared=shared,
         pages_sharing=int(sharers.sum()) - shared,
-        pages_unshared=unstable if functions and knows_unstable else None,
+        pages_unshared=unstable if knows_unstable else None,
         stable_node_chains=int(np.count_nonzero(chains["dups"])) if knows_chains else None,
         stable_node_dups=int(np.count_nonzero(dups)) if knows_chains else None,
         empty_chains=int(np.count_nonzero(chains["dups"] == 0)) if knows_chains else None,
@@ -387,6 +396,8 @@ def _not_visible(fold: Fold) -> tuple[str, ...]:
         return ("merges, and the ends of stable_nodes: nothing is known of the trees",)
     if fold.world == World.TRACEPOINTS:
         return _UNSEEN_BY_TRACEPOINTS
+    if fold.world == World.MEMORY:
+        return ()
     unseen = []
     if not can_see(fold.header, "ksm_migrate_page"):
         unseen.append("pages that moved to other frames: a node's frame is as of its last event")

@@ -24,6 +24,21 @@ class World(IntEnum):
     """Merges and freed stable_nodes: who joined, and when its node went; nothing between."""
     FUNCTIONS = 2
     """Every join, every departure and every move."""
+    MEMORY = 3
+    """No events: what the kernel's memory holds at one moment."""
+    MAPPED = 4
+    """No events: the KSM pages that mergeable memory maps at one moment, and where. A frame stands
+    for its stable_node, a place for its rmap_item, a pid for its mm."""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is the running kernel's own state, and no recording's."""
+        return self in (World.MEMORY, World.MAPPED)
+
+    @property
+    def has_nodes(self) -> bool:
+        """Whether stable_nodes are known by themselves, and not by their frames alone."""
+        return self in (World.FUNCTIONS, World.MEMORY)
 
 
 class ItemState(IntEnum):
@@ -63,13 +78,13 @@ that address (in :attr:`World.TRACEPOINTS` of the frame), from 1. ``kpfn``: its 
 :attr:`World.TRACEPOINTS` as of its last merge. ``nid``: NUMA node of that frame, -1 unknown.
 ``tree_nid``: stable_node.nid as last told, the tree that it is in; -1 unknown. ``chain``: address
 of the chain that it is a dup of, 0 in none. ``placed``: False where ``tree_nid`` and ``chain`` may
-be others: no event has told them yet, or it has moved to another NUMA node with
-merge_across_nodes 0 since, after which ksmd puts it elsewhere without an event. ``sharers``: rows
-of ``rmap_items`` that share it. ``born_ns``: when it got its first sharer, CLOCK_MONOTONIC; 0 where
-that was not seen. ``before_recording``: its beginning was not seen (in :attr:`World.TRACEPOINTS`
-it may also be a node that moved here). ``unseen_sharers``: it may have sharers that no event has
-named: ``sharers`` is then at least. ``moved``, ``moved_ns``: how often its page moved to another
-frame, and when last; 0 never.
+be others: no event has told them yet, or it has moved to another NUMA node since and
+merge_across_nodes is not known to be 1: with 0 ksmd puts it elsewhere without an event.
+``sharers``: rows of ``rmap_items`` that share it. ``born_ns``: when it got its first sharer,
+CLOCK_MONOTONIC; 0 where that was not seen. ``before_recording``: its beginning was not seen (in
+:attr:`World.TRACEPOINTS` it may also be a node that moved here). ``unseen_sharers``: it may have
+sharers that no event has named: ``sharers`` is then at least. ``moved``, ``moved_ns``: how often
+its page moved to another frame, and when last; 0 never.
 """
 
 RMAP_ITEM_DTYPE = np.dtype(

@@ -44,8 +44,8 @@ class Cause(IntEnum):
     """Nothing that was caught tells of it: with tracepoints alone that is a sharer that left
     singly, a page that migrated, and a chain."""
     EMPTY = 4
-    """A stable_node without sharers, of which no event tells when it is freed with its chain
-    (mm/ksm.c:remove_stable_node_chain, ksm_check_stable_tree)."""
+    """A stable_node without sharers, or a chain without dups, of which no event tells when it is
+    freed (mm/ksm.c:remove_stable_node_chain, ksm_check_stable_tree)."""
     CONTRADICTION = 5
     """None of these: the reconstruction or the kernel is wrong."""
 
@@ -71,6 +71,10 @@ class What(IntEnum):
     """An rmap_item in the kernel's unstable tree, and not in that of the reconstruction."""
     UNSTABLE_TOO_MANY = 9
     """An rmap_item in the unstable tree of the reconstruction, and not in the kernel's."""
+    CHAIN_MISSING = 10
+    """A chain of the kernel's that the reconstruction does not have."""
+    CHAIN_TOO_MANY = 11
+    """A chain of the reconstruction that the kernel does not have."""
 
 
 DIFFERENCE_DTYPE = np.dtype(
@@ -90,8 +94,8 @@ class Comparison:
 
     Attributes:
         differences: :data:`DIFFERENCE_DTYPE`.
-        compared: how many stable_nodes, sharers and unstable rmap_items the kernel has; an
-            unstable tree that the stream does not tell of is missing.
+        compared: how many stable_nodes, sharers, chains and unstable rmap_items the kernel has;
+            chains and an unstable tree that the stream does not tell of are missing.
     """
 
     differences: Array
@@ -136,6 +140,10 @@ def compare_with_memory(state: TreeState, memory: KsmMemory) -> Comparison:
         "stable_nodes": len(nodes),
         "sharers": int(np.count_nonzero(memory.rmap_items["state"] == MemoryState.STABLE)),
     }
+    if state.totals.stable_node_chains is not None:
+        chains = memory.stable_nodes[memory.stable_nodes["kind"] == NodeKind.CHAIN]
+        found += _compare_chains(state, chains["stable_node"], missing_cause, gone_cause)
+        compared["chains"] = len(chains)
     if state.totals.pages_unshared is not None:
         found += _compare_unstable(state, memory, missing_cause, gone_cause)
         unstable = memory.rmap_items["state"] == MemoryState.UNSTABLE
@@ -183,6 +191,19 @@ def _compare_sharers(
     return found
 
 
+def _compare_chains(
+    state: TreeState, theirs: Array, missing_cause: Cause, gone_cause: Cause
+) -> list[Array]:
+    ours = state.chains
+    extra = ours[~np.isin(ours["chain"], theirs)]
+    untold = np.setdiff1d(theirs, ours["chain"])
+    cause = np.where(extra["dups"] == 0, Cause.EMPTY, gone_cause)
+    return [
+        _rows(What.CHAIN_MISSING, missing_cause, untold, 0, 0),
+        _rows(What.CHAIN_TOO_MANY, cause, extra["chain"], 0, extra["dups"]),
+    ]
+
+
 def _compare_unstable(
     state: TreeState, memory: KsmMemory, missing_cause: Cause, gone_cause: Cause
 ) -> list[Array]:
@@ -202,23 +223,29 @@ def _rows(what: What, cause: Any, key: Array, kernel: Any, reconstructed: Any) -
     return rows
 
 
-COUNTERS: Mapping[str, Callable[[TreeState], int | None]] = {
-    "ksm_pages_shared": lambda state: state.totals.pages_shared,
-    "ksm_pages_sharing": lambda state: state.totals.pages_sharing,
-    "ksm_pages_unshared": lambda state: state.totals.pages_unshared,
-    "ksm_stable_node_chains": lambda state: state.totals.stable_node_chains,
-    "ksm_stable_node_dups": lambda state: state.totals.stable_node_dups,
+COUNTERS: Mapping[str, Callable[[TreeState], tuple[int | None, int]]] = {
+    "ksm_pages_shared": lambda state: (state.totals.pages_shared, 0),
+    "ksm_pages_sharing": lambda state: (state.totals.pages_sharing, 0),
+    "ksm_pages_unshared": lambda state: (state.totals.pages_unshared, 0),
+    "ksm_stable_node_chains": lambda state: (
+        state.totals.stable_node_chains,
+        state.totals.empty_chains or 0,
+    ),
+    "ksm_stable_node_dups": lambda state: (state.totals.stable_node_dups, 0),
 }
-"""The kernel's counter, and what the reconstruction says it is; None where it does not."""
+"""The kernel's counter, and what the reconstruction says it is, None where it does not; and by how
+much it may be more, as a chain without dups counts until it is freed, which has no event."""
 
 
 def compare_counters(state: TreeState, memory: KsmMemory) -> dict[str, tuple[int | None, int]]:
     """Return per counter what the reconstruction says, and what the kernel has."""
-    return {
-        name: (say(state), value)
-        for name, say in COUNTERS.items()
-        if (value := memory.counters.get(name)) is not None
-    }
+    said = {}
+    for name, say in COUNTERS.items():
+        theirs = memory.counters.get(name)
+        if theirs is not None:
+            ours, spare = say(state)
+            said[name] = (ours if ours is None else max(ours, min(theirs, ours + spare)), theirs)
+    return said
 
 
 def as_memory(state: TreeState) -> KsmMemory:
