@@ -13,10 +13,10 @@ from ksmtrace.errors import CannotRun
 Notify = Callable[[str], None]
 
 
-def cache_directory() -> Path:
-    """Return the directory, made where it is missing (XDG base directories)."""
+def cache_directory(name: str = "kernels") -> Path:
+    """Return one of ksmtrace's directories, made where it is missing (XDG base directories)."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    directory = base / "ksmtrace" / "kernels"
+    directory = base / "ksmtrace" / name
     try:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:

@@ -61,7 +61,7 @@ class KernelPackages:
     """The packages that make up one kernel.
 
     Attributes:
-        release: what ``uname -r`` says.
+        release: what ``uname -r`` says; of a source package its series.
         version: the Debian version of all of them.
         names: what to download.
     """
@@ -112,13 +112,25 @@ def _known_choice(cache: Path, series: str, fresh_s: float) -> Path | None:
     return root if 0 <= age_s < fresh_s and root.is_dir() else None
 
 
-def _fetch_newest(cache: Path, series: str, notify: Notify) -> Path:
+def prepared_apt(cache: Path, series: str, notify: Notify) -> Apt:
+    """Return an apt that knows a series, with package lists that are current.
+
+    Args:
+        cache: the directory of the kernels, locked.
+        series: ``6.12`` or ``7.x``.
+        notify: is told what takes time.
+    """
     suites = _SUITES_OF_SERIES.get(series, NEWEST)
     apt = Apt(cache / "apt" / suites[0])
     apt.configure(sources_for(suites, apt.machine_sources()))
     if apt.lists_age_s() > FRESH_S:
         notify(f"reading which kernels Debian has ({', '.join(suites)})")
         apt.update()
+    return apt
+
+
+def _fetch_newest(cache: Path, series: str, notify: Notify) -> Path:
+    apt = prepared_apt(cache, series, notify)
     names = apt.names()
     packages = apt.versions([name for name in names if _in_series(name, series)])
     kernel = choose(series, packages, names)
@@ -128,7 +140,7 @@ def _fetch_newest(cache: Path, series: str, notify: Notify) -> Path:
     root = cache / "debian" / kernel.release
     if not root.is_dir():
         download_bytes, unpacked_bytes = apt.sizes(kernel)
-        _check_space(cache, download_bytes + unpacked_bytes)
+        check_space(cache, download_bytes + unpacked_bytes)
         notify(f"fetching kernel {kernel.release} ({text_bytes(download_bytes)})")
         _unpack(apt.download(kernel), root, kernel.release)
         apt.forget_downloads()
@@ -139,7 +151,11 @@ def _in_series(name: str, series: str) -> bool:
     found = _IMAGE.fullmatch(name)
     if found is None or _FLAVOURS.search(name):
         return False
-    version = found["version"]
+    return is_of_series(found["version"], series)
+
+
+def is_of_series(version: str, series: str) -> bool:
+    """Say whether a kernel's version, as ``7.3``, is of a series, as ``7.3`` or ``7.x``."""
     return version == series or (series.endswith(".x") and version.startswith(series[:-1]))
 
 
@@ -165,7 +181,7 @@ def choose(
             candidates.append((version, release, name))
     if not candidates:
         return None
-    newest = max({version for version, _, _ in candidates}, key=_version_key)
+    newest = max({version for version, _, _ in candidates}, key=version_key)
     # Of a signed and an unsigned image either will do: the shorter name is the signed one.
     _, release, name = min(
         (candidate for candidate in candidates if candidate[0] == newest),
@@ -182,7 +198,8 @@ def all_series(names: Iterable[str]) -> list[str]:
 
 
 @functools.cmp_to_key
-def _version_key(one: str, other: str) -> int:
+def version_key(one: str, other: str) -> int:
+    """Order Debian versions, as dpkg does."""
     for relation, order in (("lt", -1), ("gt", 1)):
         if not subprocess.run(["dpkg", "--compare-versions", one, relation, other]).returncode:
             return order
@@ -382,7 +399,8 @@ def apt_failure(command: Sequence[str], stderr: str) -> CannotRun:
     )
 
 
-def _check_space(cache: Path, needed_bytes: int) -> None:
+def check_space(cache: Path, needed_bytes: int) -> None:
+    """Raise CannotRun where there is less room than that."""
     free_bytes = shutil.disk_usage(cache).free
     if free_bytes < needed_bytes:
         raise CannotRun(

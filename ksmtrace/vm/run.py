@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import BinaryIO, Literal, Self
 
 from ksmtrace.errors import BackendUnavailable, LostVM, UsageError
@@ -35,6 +35,11 @@ GRACE_S = 10.0
 # How long QEMU may take to end, or its output to arrive, once the guest is done.
 _END_BOUND_S = 10.0
 _TICK_S = 0.25
+_GUESTS_TAKE = (
+    "a guest's kernel takes PCI, VIRTIO_PCI, VIRTIO_CONSOLE, NET_9P_VIRTIO, 9P_FS, OVERLAY_FS, "
+    "TMPFS, DEVTMPFS and BLK_DEV_INITRD, built in or as modules (make modules_install "
+    "INSTALL_MOD_PATH=. in its tree)"
+)
 _KVM_IS_DEAD = f"no sign of life with KVM in {BOOT_BOUND_S['kvm']:.0f} s"
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -136,9 +141,10 @@ def run_in_vm(
                             machine.remember_kvm(False, notify)
                             notify(f"{_KVM_IS_DEAD}: emulating instead, until this machine reboots")
                             continue
-                        raise _lost(guest, _KVM_IS_DEAD)
+                        raise _lost(guest, _KVM_IS_DEAD, False)
                     if boot == "silent":
-                        raise _lost(guest, f"no sign of life in {BOOT_BOUND_S['tcg']:.0f} s")
+                        bound_s = BOOT_BOUND_S["tcg"]
+                        raise _lost(guest, f"no sign of life in {bound_s:.0f} s", False)
                     if boot == "up" and accelerator == "kvm":
                         machine.remember_kvm(True, notify)
                     return _Run(guest, out, err, signals, timeout_s).follow(boot == "up")
@@ -189,12 +195,7 @@ class _Guest:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._process.kill()
         self._process.wait()
         for end in (self.out, self.err, self.control):
@@ -306,11 +307,11 @@ def _await_boot(guest: _Guest, signals: list[int]) -> Literal["up", "silent", "i
                 # KVM may be refused at once, as well as hang.
                 if guest.accelerator == "kvm" and not guest.console().strip():
                     return "silent"
-                raise _lost(guest, "the guest ended while it booted")
+                raise _lost(guest, "the guest ended while it booted", False)
     return "silent"
 
 
-def _lost(guest: _Guest, otherwise: str) -> LostVM | BackendUnavailable:
+def _lost(guest: _Guest, otherwise: str, has_booted: bool = True) -> LostVM | BackendUnavailable:
     console = guest.console()
     complaint = guest.complaint()
     if not console.strip() and complaint is not None:
@@ -320,8 +321,11 @@ def _lost(guest: _Guest, otherwise: str) -> LostVM | BackendUnavailable:
     death = find_death(console)
     return LostVM(
         f"the guest is lost: {death or otherwise}",
-        "this says nothing about the command; above are the console's last lines",
+        "this says nothing about the command; above are the console's last lines"
+        if has_booted
+        else _GUESTS_TAKE,
         tail(console),
+        has_booted,
     )
 
 

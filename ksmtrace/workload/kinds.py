@@ -250,6 +250,10 @@ def _merges(merged: Merged, limit: int) -> str:
     )
 
 
+def _merge_step(merged: Merged, layouts: Sequence[Layout], max_page_sharing: int) -> Step:
+    return Step("merged", Scan(2), _expect(merged, layouts), _merges(merged, max_page_sharing))
+
+
 def _nr(count: int, noun: str, plural: str | None = None) -> str:
     return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
@@ -270,14 +274,7 @@ def _plan_duplicates(parameters: Parameters, max_page_sharing: int) -> Plan:
     return Plan(
         does=f"{_map(parameters)}, {total} in all, with {_nr(contents, 'content')} in turn.",
         layouts=layouts,
-        steps=(
-            Step(
-                "merged",
-                Scan(2),
-                _expect(merged, layouts),
-                _merges(merged, max_page_sharing),
-            ),
-        ),
+        steps=(_merge_step(merged, layouts, max_page_sharing),),
     )
 
 
@@ -368,7 +365,7 @@ def _plan_fork(parameters: Parameters, max_page_sharing: int) -> Plan:
         layouts=layouts,
         heirs=heirs,
         steps=(
-            Step("merged", Scan(2), before, _merges(merged, max_page_sharing)),
+            _merge_step(merged, layouts, max_page_sharing),
             Step(
                 "forked",
                 Fork(),
@@ -411,12 +408,7 @@ def _plan_cow(parameters: Parameters, max_page_sharing: int) -> Plan:
         f"process writes to {writes} of its pages.",
         layouts=layouts,
         steps=(
-            Step(
-                "merged",
-                Scan(2),
-                _expect(merged, layouts),
-                _merges(merged, max_page_sharing),
-            ),
+            _merge_step(merged, layouts, max_page_sharing),
             Step(
                 "written",
                 Write(writes),

@@ -68,15 +68,24 @@ class SavedKnobs:
                 raise KernelFeatureMissing(f"this kernel has no /{DIRECTORY}/{name}")
             if read_knobs()[name] == str(value):
                 continue
-            try:
-                _write_knob(name, str(value))
-            except OSError as error:
-                raise CannotRun(
-                    f"the kernel refused {value} for /{DIRECTORY}/{name}: {_why(name, error)}"
-                ) from error
+            set_knob(name, str(value))
 
     def __contains__(self, name: str) -> bool:
         return name in self.before
+
+
+def set_knob(name: str, value: str) -> None:
+    """Write a knob.
+
+    Raises:
+        CannotRun: the kernel refused the value.
+    """
+    try:
+        _write_knob(name, value)
+    except OSError as error:
+        raise CannotRun(
+            f"the kernel refused {value} for /{DIRECTORY}/{name}: {_why(name, error)}"
+        ) from error
 
 
 @contextlib.contextmanager
