@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ksmtrace.analysis.recorded import Recorded
+from ksmtrace.analysis.visits import find_histogram
 from ksmtrace.events import KIND_BY_NAME, Events, of_kind
 
 # Calls may be under way as the programs are attached, and as they are detached.
@@ -17,11 +18,17 @@ _FEW_CALLS = 3
 
 @dataclass(frozen=True)
 class Durations:
-    """How long the calls of a function took, from entry to exit, in nanoseconds."""
+    """How long the calls of a function took, from entry to exit, in nanoseconds.
+
+    Attributes:
+        median_ns, p99_ns, max_ns: of all calls, exactly.
+        slots: counts by powers of two, as :class:`ksmtrace.analysis.visits.Histogram` has them.
+    """
 
     median_ns: int
     p99_ns: int
     max_ns: int
+    slots: list[tuple[int, int, int]]
 
 
 @dataclass(frozen=True)
@@ -43,16 +50,25 @@ class Calls:
     duration: Durations | None = None
 
     @property
-    def missed(self) -> int:
-        """Entries without an exit, or exits without an entry, beyond what may be under way."""
+    def left_inside(self) -> int:
+        """Entries beyond exits; negative: exits beyond entries."""
         if self.entered is None or self.returned is None:
             return 0
-        missed = abs(self.entered - self.returned)
+        return self.entered - self.returned
+
+    @property
+    def missed(self) -> int:
+        """Entries without an exit, or exits without an entry, beyond what may be under way."""
+        missed = abs(self.left_inside)
         return missed if missed > _FEW_CALLS else 0
 
 
 def find_calls(recorded: Recorded) -> dict[str, Calls] | None:
-    """Return the calls per function, by its name in bpf/functions.c; None without any program."""
+    """Return the calls per function, by its name in bpf/functions.c; None without any program.
+
+    They are counted for all processes together.
+    """
+    recorded = recorded.of_all()
     if not recorded.losses or not recorded.losses[-1].calls:
         return None
     found = {}
@@ -64,7 +80,7 @@ def find_calls(recorded: Recorded) -> dict[str, Calls] | None:
             entered,
             returned,
             results=None if events is None else count_results(events),
-            duration=None if events is None else _durations(events),
+            duration=None if events is None else durations_of(events),
         )
     return found
 
@@ -73,15 +89,27 @@ def count_results(events: Events) -> dict[str, int]:
     """Count events by result: errno names, and ``0`` for success."""
     numbers, counts = np.unique(-events["err"], return_counts=True)  # success first
     return {
-        "0" if number == 0 else errno.errorcode.get(int(number), str(-number)): int(count)
+        "0" if number == 0 else _error_name(int(number)): int(count)
         for number, count in zip(numbers, counts, strict=True)
     }
 
 
-def _durations(events: Events) -> Durations | None:
+_ERESTARTSYS = 512
+"""A signal ended it (include/linux/errno.h); user space never sees this number."""
+
+
+def _error_name(number: int) -> str:
+    return errno.errorcode.get(number, {_ERESTARTSYS: "ERESTARTSYS"}.get(number, str(-number)))
+
+
+def durations_of(events: Events) -> Durations | None:
+    """Sum up the events' ``duration_ns``; None where none is known."""
     known = events["duration_ns"][events["duration_ns"] != 0]
     if not len(known):
         return None
     # A call that lasted so long, and no value between two of them.
     median, p99 = np.quantile(known, [0.5, 0.99], method="inverted_cdf")
-    return Durations(int(median), int(p99), int(known.max()))
+    # frexp's exponent is the number of bits.
+    histogram = find_histogram(np.bincount(np.frexp(known.astype(float))[1]).tolist())
+    assert histogram is not None
+    return Durations(int(median), int(p99), int(known.max()), histogram.slots)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import pandas as pd
-
-from ksmtrace.analysis.books import CONTRADICTION, Entry
-from ksmtrace.analysis.calls import Calls
-from ksmtrace.analysis.merges import Merges
-from ksmtrace.analysis.migrations import Migrations
+from ksmtrace.analysis.books import CONTRADICTION, balance
+from ksmtrace.analysis.calls import find_calls
+from ksmtrace.analysis.merges import find_merges
+from ksmtrace.analysis.migrations import find_migrations
+from ksmtrace.analysis.passes import df_passes
 from ksmtrace.analysis.recorded import Recorded
 from ksmtrace.units import text_bytes, text_duration
 
@@ -18,21 +15,26 @@ _LEAST_ATTEMPTS = 100
 _BAD_SUCCESS_RATE = 0.5
 
 
-def find(
-    recorded: Recorded,
-    merges: Merges,
-    passes: pd.DataFrame,
-    books: list[Entry],
-    calls: Mapping[str, Calls] | None,
-    migrations: Migrations | None,
-) -> list[str]:
+def find(recorded: Recorded) -> list[str]:
     """List what a person should know first, the most pressing first."""
+    merges = find_merges(recorded)
+    calls = find_calls(recorded)
+    migrations = find_migrations(recorded)
     findings = [
         f"{entry.counter} moved by {entry.delta}, but the events say {entry.events_say}, and "
         "mm/ksm.c allows no such difference: a fault of the kernel, or of ksmtrace"
-        for entry in books
+        for entry in balance(recorded)
         if entry.verdict == CONTRADICTION
     ]
+    lost = sum(recorded.lost().values())
+    if lost:
+        ring_bytes = recorded.header.settings.get("ring_bytes")
+        than = f" than {text_bytes(ring_bytes)}" if ring_bytes else ""
+        at_most = "up to " if recorded.selection is not None else ""
+        findings.append(
+            f"{at_most}{lost:,} events found the ring full and are lost: record with a larger "
+            f"--ring{than}"
+        )
     if migrations is not None and migrations.left_behind:
         findings.append(
             f"{migrations.left_behind} of {migrations.pages} KSM pages moved without their "
@@ -70,7 +72,7 @@ def find(
             f"only {merged} of {attempts} attempts to merge succeeded: pages that are pinned "
             "(O_DIRECT, VFIO), locked or changing. The kernel's answer does not tell which"
         )
-    durations = passes["duration_ns"].dropna()
+    durations = df_passes(recorded)["duration_ns"].dropna()
     if len(durations) and durations.median() > _LONG_PASS_NS:
         findings.append(
             f"a pass takes {text_duration(float(durations.median()))}, and an equal page merges "
@@ -88,6 +90,8 @@ def _no_pass(recorded: Recorded) -> str:
     if scanned:
         return (
             f"no pass began or ended, but {scanned} pages were scanned: one pass is longer than "
-            "the recording"
+            f"the {'span' if recorded.selection else 'recording'}"
         )
+    if recorded.selection is not None:
+        return "ksmd did not scan in the span"
     return "ksmd did not scan: no process has mergeable memory (MADV_MERGEABLE or prctl)"

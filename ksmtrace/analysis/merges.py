@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from ksmtrace.analysis.addresses import Places, next_place, places_of
-from ksmtrace.analysis.recorded import Recorded, has_flag
-from ksmtrace.events import KIND_BY_NAME, EventFlag, Events, of_kind
+from ksmtrace.analysis.recorded import PARTS, Recorded, has_flag
+from ksmtrace.events import KIND_BY_NAME, EventFlag, Events, of_kind, select
 
 Mask = npt.NDArray[np.bool_]
 
@@ -72,17 +72,59 @@ class Merges:
 
 
 # Several tables of one report need it.
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=PARTS)
 def find_merges(recorded: Recorded) -> Merges:
     """Tell the outcome of every attempt: by stable_tree_append's events, where there are any."""
-    places = places_of(recorded.events, "ksm_merge_with_ksm_page")
-    merges = infer_outcomes(recorded.events[places], places)
+    if recorded.selection is not None:
+        return _choose(find_merges(recorded.selection.of), recorded)
     lost = recorded.lost()
-    if recorded.can_see("stable_tree_append") and not any(
+    by_appends = recorded.can_see("stable_tree_append") and not any(
         lost.get(name) for name in ("ksm_merge_with_ksm_page", "stable_tree_append")
-    ):
-        return _by_appends(recorded.events, merges)
-    return merges
+    )
+    return tell_outcomes(recorded.events, by_appends)
+
+
+def tell_outcomes(events: Events, by_appends: bool) -> Merges:
+    """Tell the outcome of every attempt among events, shape (n,), in the ring's order.
+
+    Args:
+        events: all that is known, or a part of it.
+        by_appends: whether every stable_tree_append is among them.
+    """
+    places = places_of(events, "ksm_merge_with_ksm_page")
+    merges = infer_outcomes(select(events, places), places)
+    return _by_appends(events, merges) if by_appends else merges
+
+
+def nr_settled(events: Events, merges: Merges, by_appends: bool) -> int:
+    """Count the attempts, from the first on, whose outcome no later event can change.
+
+    Args:
+        events: those that the outcomes were told from.
+        merges: their outcomes.
+        by_appends: as it was told to :func:`tell_outcomes`.
+    """
+    count = len(merges.events)
+    if not count:
+        return 0
+    last = merges.events[-1]
+    open_pair = bool(last["err"] == 0 and last["ksm_page"] == 0)
+    if not open_pair and not (by_appends and not _has_gone_on(events, merges.places)):
+        return count
+    return count - 1 - int(_ends_pair(merges.events)[-1])
+
+
+def _choose(merges: Merges, part: Recorded) -> Merges:
+    assert part.selection is not None
+    chosen = part.selection.chooses(merges.events)
+    return Merges(
+        events=merges.events[chosen],
+        places=places_of(part.events, "ksm_merge_with_ksm_page"),
+        appended=merges.appended[chosen],
+        pairs=merges.pairs[chosen],
+        undone=merges.undone[chosen],
+        open=merges.open[chosen],
+    )
 
 
 def infer_outcomes(events: Events, places: Places) -> Merges:
@@ -119,8 +161,7 @@ def _by_appends(events: Events, inferred: Merges) -> Merges:
     # ksmd appends before it goes on, so that only the recording's last attempt, and the first
     # step that led to it, can still be about to be appended.
     last = np.zeros(len(attempts), bool)
-    after = of_kind(events[int(inferred.places[-1]) + 1 :] if len(attempts) else events, *_GOES_ON)
-    last[-1:] = not has_flag(after, EventFlag.IN_KSMD).any()
+    last[-1:] = not _has_gone_on(events, inferred.places)
     last |= _before(last & ends_pair & ok)
     unknown = ok & ~appended & (last | inferred.open)
     return Merges(
@@ -131,6 +172,12 @@ def _by_appends(events: Events, inferred: Merges) -> Merges:
         undone=ok & ~appended & ~unknown,
         open=unknown,
     )
+
+
+def _has_gone_on(events: Events, attempts: Places) -> bool:
+    """Say whether ksmd has turned to something else after the last attempt."""
+    after = of_kind(events[int(attempts[-1]) + 1 :] if len(attempts) else events, *_GOES_ON)
+    return bool(has_flag(after, EventFlag.IN_KSMD).any())
 
 
 def _ends_pair(events: Events) -> Mask:
@@ -158,14 +205,13 @@ def find_zero_merges(recorded: Recorded) -> tuple[Events, Mask]:
 def df_rates(recorded: Recorded, most_rows: int = 60) -> pd.DataFrame:
     """Count what happened per span of time.
 
+    The spans are equally long, 1, 2 or 5 times a power of ten, and at most ``most_rows``.
+
     Returns:
-        One row per span; the spans are equally long, 1, 2 or 5 times a power of ten, and at most
-        ``most_rows``. Columns: ``begin_ns`` (CLOCK_MONOTONIC), ``span_ns``, and the counts
-        ``attempts``, ``merged``, ``failed``, ``zero_merged``, ``nodes_freed``,
-        ``sharers_removed`` (with their node), ``left_singly``, ``migrated``, all int64; those of
-        a kind that was not caught are None throughout.
+        The columns of :data:`ksmtrace.analysis.frames.FRAMES`; those of a kind that was not
+        caught are NA throughout.
     """
-    begin_ns, end_ns = recorded.header.started_ns, recorded.end_ns()
+    begin_ns, end_ns = recorded.begin_ns(), recorded.end_ns()
     span_ns = _span(max(end_ns - begin_ns, 1) / most_rows)
     edges = np.arange(begin_ns, end_ns + span_ns, span_ns, dtype=np.uint64)
     merges = find_merges(recorded)
@@ -188,7 +234,10 @@ def df_rates(recorded: Recorded, most_rows: int = 60) -> pd.DataFrame:
         name: np.histogram(events["ts_ns"], bins=edges)[0] if recorded.can_see(kind) else None
         for name, (kind, events) in chosen.items()
     }
-    return pd.DataFrame({"begin_ns": edges[:-1], "span_ns": span_ns, **columns})
+    counts = pd.DataFrame(columns, index=range(len(edges) - 1)).astype("Int64")
+    counts.insert(0, "begin_ns", edges[:-1].astype(np.int64))
+    counts.insert(1, "span_ns", span_ns)
+    return counts
 
 
 def _span(least_ns: float) -> int:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from ksmtrace.analysis.addresses import number_lives, places_of
+from ksmtrace.analysis.calls import Durations, durations_of
 from ksmtrace.analysis.recorded import Recorded
+from ksmtrace.events import of_kind
 
 _MOST_NODES = 5
 
@@ -33,6 +36,22 @@ class Mover:
 
 
 @dataclass(frozen=True)
+class Unmapped:
+    """KSM pages whose mappings were taken away to move them.
+
+    Attributes:
+        pages: how many.
+        duration: how long until they were mapped again: accesses to them waited meanwhile.
+        median_sharers, most_sharers: sharers of their stable_nodes, who all waited.
+    """
+
+    pages: int
+    duration: Durations | None
+    median_sharers: int
+    most_sharers: int
+
+
+@dataclass(frozen=True)
 class Migrations:
     """The calls of mm/ksm.c:ksm_migrate_page (since 5.17 folio_migrate_ksm) for KSM pages.
 
@@ -44,6 +63,7 @@ class Migrations:
         stable_nodes: how many stable_nodes they belonged to; a node's address may be used again
             after it was freed, and then counts once more.
         busiest: the stable_nodes that moved most often.
+        unmapped: None where that was not caught, or there was none.
     """
 
     pages: int
@@ -51,6 +71,7 @@ class Migrations:
     routes: list[Route]
     stable_nodes: int
     busiest: list[Mover]
+    unmapped: Unmapped | None
 
 
 def find_migrations(recorded: Recorded) -> Migrations | None:
@@ -75,7 +96,37 @@ def find_migrations(recorded: Recorded) -> Migrations | None:
             Mover(int(move["stable_node"]), int(move["kpfn_after"]), int(count))
             for move, count in zip(moves[::-1][last[order]], counts[order], strict=True)
         ],
+        unmapped=_unmapped(recorded),
     )
+
+
+def _unmapped(recorded: Recorded) -> Unmapped | None:
+    events = of_kind(recorded.events, "remove_migration_ptes")
+    if not len(events):
+        return None
+    return Unmapped(
+        pages=len(events),
+        duration=durations_of(events),
+        median_sharers=int(np.median(events["sharers"])),
+        most_sharers=int(events["sharers"].max()),
+    )
+
+
+def df_moves(recorded: Recorded) -> pd.DataFrame:
+    """List the KSM pages whose mappings were taken away to move them, by time."""
+    events = of_kind(recorded.events, "remove_migration_ptes")
+    ranges = recorded.header.facts.get("node_pages") or {}
+    columns = {
+        "ts_ns": events["ts_ns"],
+        "task_pid": events["task_pid"],
+        "pfn": events["pfn"],
+        "new_pfn": events["new_pfn"],
+        "from_node": nodes_of(ranges, events["pfn"]),
+        "to_node": nodes_of(ranges, events["new_pfn"]),
+        "sharers": events["sharers"],
+        "duration_ns": events["duration_ns"],
+    }
+    return pd.DataFrame({name: column.astype(np.int64) for name, column in columns.items()})
 
 
 def _routes(

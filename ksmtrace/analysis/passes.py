@@ -6,23 +6,40 @@ import numpy as np
 import pandas as pd
 
 from ksmtrace.analysis.merges import find_merges
-from ksmtrace.analysis.recorded import Recorded, has_flag
+from ksmtrace.analysis.recorded import EVER_NS, Recorded, has_flag
 from ksmtrace.events import KIND_BY_NAME, EventFlag, of_kind
 
 _START = KIND_BY_NAME["ksm_start_scan"].number
 
 
 def df_passes(recorded: Recorded) -> pd.DataFrame:
-    """List the passes, one row each, in order.
+    """List the passes, one row each, in order; of a span those that were under way in it.
 
     Returns:
-        Columns: ``seq`` (ksm_scan.seqnr, Int64); ``begin_ns`` and ``end_ns`` (CLOCK_MONOTONIC;
-        NA where the recording has only the other end: the pass was under way at the start or at
-        the end, was interrupted by run=2, or an event is lost); ``duration_ns``;
-        ``rmap_entries`` (rmap_items at the end: pages that the pass visited or skipped);
-        ``cpu_ns`` and ``run_delay_ns`` (of ksmd during the pass, to within a tick; NA where the
-        kernel does not tell); ``merged`` (pages merged in it, int64).
+        The columns of :data:`ksmtrace.analysis.frames.FRAMES`. A begin or end is NA where the
+        recording has only the other one: the pass was under way at the start or at the end, was
+        interrupted by run=2, or an event is lost. A pass that the span cuts keeps its own
+        figures, but for ``merged``.
     """
+    passes = _whole_passes(recorded.whole())
+    # A pass without a begin lasts from the end of the one before, and one without an end until
+    # the next one begins.
+    begins = passes["begin_ns"].fillna(passes["end_ns"].shift(1)).fillna(0).to_numpy(np.uint64)
+    next_begins = passes["begin_ns"].shift(-1)
+    ends = passes["end_ns"].fillna(next_begins).fillna(EVER_NS).to_numpy(np.uint64)
+    merges = find_merges(recorded)
+    times = np.sort(merges.events["ts_ns"][merges.appended])
+    passes["cut"] = False
+    passes["merged"] = np.searchsorted(times, ends) - np.searchsorted(times, begins)
+    span = recorded.selection
+    if span is None:
+        return passes
+    early, late = passes["begin_ns"] < span.low_ns, passes["end_ns"] >= span.high_ns
+    passes["cut"] = early.fillna(False).astype(bool) | late.fillna(False).astype(bool)
+    return passes[(begins < span.high_ns) & (ends >= span.low_ns)].reset_index(drop=True)
+
+
+def _whole_passes(recorded: Recorded) -> pd.DataFrame:
     marks = of_kind(recorded.events, "ksm_start_scan", "ksm_stop_scan")
     counted = has_flag(marks, EventFlag.HAS_COUNTS)
     rows: list[dict[str, int | None]] = []
@@ -43,7 +60,9 @@ def df_passes(recorded: Recorded) -> pd.DataFrame:
     columns = ["seq", "begin_ns", "end_ns", "rmap_entries", "cpu_ns", "run_delay_ns"]
     passes = pd.DataFrame(rows, columns=columns).astype("Int64")
     passes.insert(3, "duration_ns", passes["end_ns"] - passes["begin_ns"])
-    passes["merged"] = _merged(recorded, passes)
+    on_or_waiting = passes["cpu_ns"] + passes["run_delay_ns"]
+    # ksmd's CPU time is behind by up to a tick: a short pass can seem to take more than it lasts.
+    passes["off_cpu_ns"] = (passes["duration_ns"] - on_or_waiting).clip(lower=0)
     return passes
 
 
@@ -62,16 +81,3 @@ def _row(
             marks["ksmd_run_delay_ns"][begin]
         )
     return row
-
-
-def _merged(recorded: Recorded, passes: pd.DataFrame) -> np.ndarray:
-    merges = find_merges(recorded)
-    times = np.sort(merges.events["ts_ns"][merges.appended])
-    # A pass without a begin lasts from the end of the one before, and one without an end until
-    # the next one begins.
-    begins = passes["begin_ns"].fillna(passes["end_ns"].shift(1)).fillna(0).to_numpy(np.uint64)
-    ends = passes["end_ns"].fillna(passes["begin_ns"].shift(-1)).fillna(np.iinfo(np.int64).max)
-    counts: np.ndarray = np.searchsorted(times, ends.to_numpy(np.uint64)) - np.searchsorted(
-        times, begins
-    )
-    return counts

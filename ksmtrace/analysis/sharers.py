@@ -13,7 +13,7 @@ import numpy as np
 
 from ksmtrace.analysis.addresses import Places, next_place, number_lives, places_of
 from ksmtrace.analysis.merges import find_merges
-from ksmtrace.analysis.recorded import Recorded, has_flag
+from ksmtrace.analysis.recorded import PARTS, Recorded, has_flag
 from ksmtrace.events import KIND_BY_NAME, EventFlag, Events, concatenate, of_kind
 
 JOINS_AND_LEAVES = (
@@ -49,9 +49,18 @@ class Sharers:
 
 
 # Several tables of one report need it.
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=PARTS)
 def find_sharers(recorded: Recorded) -> Sharers:
     """Gather the joins and leaves, as exactly as the recording tells them."""
+    if recorded.selection is not None:
+        whole, chooses = find_sharers(recorded.selection.of), recorded.selection.chooses
+        joined_here = chooses(whole.joined)
+        return Sharers(
+            whole.joined[joined_here],
+            whole.nodes[joined_here],
+            whole.left_singly[chooses(whole.left_singly)],
+            whole.left_with_node[chooses(whole.left_with_node)],
+        )
     events = recorded.events
     removed = of_kind(events, "remove_rmap_item_from_tree")
     singly = removed[~has_flag(removed, EventFlag.NODE_FREED)]

@@ -69,8 +69,8 @@ def find_visits(recorded: Recorded) -> Visits | None:
         pages=tallies.counted.get("cmp_and_merge_page"),
         smart_scan_skips=tallies.counted.get("smart_scan_skips"),
         searches=known or None,
-        interval_ns=_histogram(tallies.histograms.get("visit_interval_ns")),
-        search_nodes=_histogram(tallies.histograms.get("search_nodes")),
+        interval_ns=find_histogram(tallies.histograms.get("visit_interval_ns")),
+        search_nodes=find_histogram(tallies.histograms.get("search_nodes")),
     )
 
 
@@ -83,8 +83,8 @@ def slot_bounds(slot: int) -> Bounds:
     return (1 << slot >> 1, 1 << slot)
 
 
-def _histogram(counts: Sequence[int] | None) -> Histogram | None:
-    """Return None where nothing was counted: then there is no median."""
+def find_histogram(counts: Sequence[int] | None) -> Histogram | None:
+    """Return what slots hold; None where nothing was counted: then there is no median."""
     if counts is None or not any(counts):
         return None
     total = np.cumsum(counts)
@@ -93,7 +93,7 @@ def _histogram(counts: Sequence[int] | None) -> Histogram | None:
         slot_bounds(int(np.searchsorted(total, share * total[-1]))) for share in (0.5, 0.99)
     )
     return Histogram(
-        [(*slot_bounds(slot), counts[slot]) for slot in range(used[0], used[-1] + 1)],
+        [(*slot_bounds(slot), int(counts[slot])) for slot in range(used[0], used[-1] + 1)],
         median,
         p99,
     )

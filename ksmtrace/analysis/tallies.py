@@ -1,0 +1,689 @@
+"""The report's analyses in a form that takes events as they come, in bounded memory.
+
+What a tally says after the last event of a recording is what the report says of it; where it keeps
+less than the report does, its docstring says so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from ksmtrace.analysis.books import (
+    ONE_BY_ONE,
+    SKEW_NS,
+    Entry,
+    Moves,
+    Rule,
+    Said,
+    enter,
+    iter_said,
+    make_rule,
+)
+from ksmtrace.analysis.merges import Merges, nr_settled, tell_outcomes
+from ksmtrace.analysis.recorded import Recorded, has_flag
+from ksmtrace.events import KIND_BY_NAME, KINDS, EventFlag, Events, concatenate, of_kind, select
+from ksmtrace.stream import CounterSample, Header, Losses, ProcessSeen
+
+Mask = npt.NDArray[np.bool_]
+
+_START = KIND_BY_NAME["ksm_start_scan"].number
+_ENTER = KIND_BY_NAME["ksm_enter"].number
+_EXIT = KIND_BY_NAME["ksm_exit"].number
+_BREAK = KIND_BY_NAME["break_ksm"].number
+_WITH_MM = np.array([kind.number for kind in KINDS if "mm" in kind.body])
+_UNFINISHED = (
+    *("ksm_merge_with_ksm_page", "stable_tree_append"),
+    *("break_ksm", "cmp_and_merge_page", "ksm_merge_one_page", "ksm_start_scan", "ksm_stop_scan"),
+)
+
+_NONE = np.empty(0, np.uint64)
+_NO_MOVES = np.empty(0, np.int64)
+
+KEPT_PASSES = 512
+KEPT_PROCESSES = 4096
+_MARKS_KEPT = 256
+_RATE_NS = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class MergeFigures:
+    """What became of the attempts so far (see :class:`ksmtrace.analysis.merges.Merges`)."""
+
+    attempts: int
+    succeeded: int
+    failed: Mapping[str, int]
+    new_stable_nodes: int
+
+
+class MergeTally:
+    """Counts outcomes; the last attempt is held back until nothing can change its outcome."""
+
+    def __init__(self) -> None:
+        self._attempts = self._succeeded = self._pairs = 0
+        self._failed: Counter[str] = Counter()
+        self._held = concatenate([])
+
+    def take(self, events: Events, by_appends: bool) -> Merges:
+        """Take in the next events; returns the attempts whose outcome is now settled."""
+        told = of_kind(events, *_UNFINISHED)
+        # Other tasks' breaks say nothing of ksmd's attempt.
+        told = select(told, has_flag(told, EventFlag.IN_KSMD) | (told["kind"] != _BREAK))
+        events = concatenate([self._held, told]) if len(self._held) else told
+        merges = tell_outcomes(events, by_appends)
+        count = nr_settled(events, merges, by_appends)
+        self._held = concatenate([])
+        if count < len(merges.events):
+            self._held = events[int(merges.places[count]) :].copy()
+        settled = Merges(
+            merges.events[:count],
+            merges.places[:count],
+            *(mask[:count] for mask in (merges.appended, merges.pairs, merges.undone, merges.open)),
+        )
+        self._count(settled)
+        return settled
+
+    def _count(self, merges: Merges) -> None:
+        self._attempts += len(merges.events)
+        self._succeeded += int(merges.appended.sum())
+        self._pairs += int(merges.pairs.sum())
+        self._failed.update(merges.by_reason())
+
+    def rest(self, by_appends: bool) -> Merges:
+        """Return the attempts that are held back, as far as their outcome is known."""
+        return tell_outcomes(self._held, by_appends)
+
+    def figures(self, by_appends: bool) -> MergeFigures:
+        """Count all attempts, with those that are held back."""
+        rest = self.rest(by_appends)
+        return MergeFigures(
+            self._attempts + len(rest.events),
+            self._succeeded + int(rest.appended.sum()),
+            dict(self._failed + Counter(rest.by_reason())),
+            self._pairs + int(rest.pairs.sum()),
+        )
+
+
+@dataclass
+class Pass:
+    """One pass, as in :func:`ksmtrace.analysis.passes.df_passes`; None where that has NA."""
+
+    seq: int
+    begin_ns: int | None = None
+    end_ns: int | None = None
+    rmap_entries: int | None = None
+    cpu_ns: int | None = None
+    run_delay_ns: int | None = None
+    merged: int = 0
+
+    @property
+    def duration_ns(self) -> int | None:
+        """How long it took, None where it was not seen whole."""
+        if self.begin_ns is None or self.end_ns is None:
+            return None
+        return self.end_ns - self.begin_ns
+
+
+class PassTally:
+    """Follows the passes; keeps the last :data:`KEPT_PASSES`, and counts all."""
+
+    def __init__(self) -> None:
+        self.completed = 0
+        self.cpu_ns = 0
+        self.rmap_entries = 0
+        self._passes: deque[Pass] = deque(maxlen=KEPT_PASSES)
+        self._begun: np.void | None = None
+        self._unassigned = 0
+
+    def take(self, events: Events) -> None:
+        """Take in the next events."""
+        for mark in of_kind(events, "ksm_start_scan", "ksm_stop_scan"):
+            if mark["kind"] == _START:
+                self._begin(mark)
+            else:
+                self._end(mark)
+
+    def _begin(self, mark: np.void) -> None:
+        self._passes.append(Pass(int(mark["seq"]), begin_ns=int(mark["ts_ns"])))
+        self._begun = mark
+        self._unassigned = 0
+
+    def _end(self, mark: np.void) -> None:
+        begun = self._begun
+        self._begun = None
+        if begun is None or begun["seq"] != mark["seq"]:
+            self._passes.append(Pass(int(mark["seq"]), merged=self._unassigned))
+        self._unassigned = 0
+        one = self._passes[-1]
+        one.end_ns = int(mark["ts_ns"])
+        one.rmap_entries = int(mark["rmap_entries"])
+        if one.begin_ns is None or begun is None:
+            return
+        self.completed += 1
+        self.rmap_entries += one.rmap_entries
+        if begun["flags"] & mark["flags"] & EventFlag.HAS_COUNTS:
+            one.cpu_ns = int(mark["ksmd_cpu_ns"]) - int(begun["ksmd_cpu_ns"])
+            one.run_delay_ns = int(mark["ksmd_run_delay_ns"]) - int(begun["ksmd_run_delay_ns"])
+            self.cpu_ns += one.cpu_ns
+
+    def add_merged(self, ts_ns: npt.NDArray[np.uint64]) -> None:
+        """Count merged pages to the passes in which they merged; after the events until then."""
+        left = len(ts_ns)
+        until_ns: int | None = None
+        for number, one in enumerate(reversed(self._passes)):
+            if not left:
+                return
+            end_ns = until_ns if one.end_ns is None else one.end_ns
+            begin_ns = one.begin_ns
+            if begin_ns is None:
+                before = self._passes[-number - 2].end_ns if number + 1 < len(self._passes) else 0
+                begin_ns = before or 0
+            within = ts_ns >= begin_ns
+            if number == 0 and end_ns is not None:
+                self._unassigned += int(np.count_nonzero(ts_ns >= end_ns))
+            if end_ns is not None:
+                within &= ts_ns < end_ns
+            one.merged += int(np.count_nonzero(within))
+            ts_ns = ts_ns[ts_ns < begin_ns]
+            left = len(ts_ns)
+            until_ns = begin_ns
+        if not self._passes:
+            self._unassigned += left
+
+    def last(self, most: int = KEPT_PASSES) -> tuple[Pass, ...]:
+        """Return the last passes, oldest first; the last one may be under way."""
+        passes = list(self._passes)[-most:]
+        return tuple(replace(one) for one in passes)
+
+    def durations(self) -> npt.NDArray[np.int64]:
+        """Return how long the kept passes took that were seen whole, shape (n,)."""
+        known = [ns for one in self._passes if (ns := one.duration_ns) is not None]
+        return np.array(known, np.int64)
+
+
+@dataclass(frozen=True)
+class LiveProcess:
+    """One mm that KSM deals with, as :class:`ksmtrace.analysis.processes.Process` has it.
+
+    Attributes:
+        key: tells it from every other one of the stream.
+        left_pages: sharers that left, as far as events tell: with their node, and singly. A
+            node's last sharer has no event and is not among them.
+        merged_per_s, left_per_s: since a sample of the counters two seconds ago or so.
+        stat: all values of /proc/PID/ksm_stat in the last sample of it.
+    """
+
+    key: int
+    pid: int | None
+    mm: int | None
+    comm: str | None
+    cgroup: str | None
+    guest: str | None
+    entered_ns: int | None
+    exited_ns: int | None
+    merged_pages: int
+    failed_attempts: int
+    removed_pages: int
+    left_singly_pages: int
+    zero_merged_pages: int
+    visited_pages: int
+    ksm_merging_pages: int | None
+    ksm_rmap_items: int | None
+    ksm_zero_pages: int | None
+    counted_by: str | None
+    merged_per_s: float
+    left_per_s: float
+    stat: Mapping[str, int | str | None]
+
+    def __deepcopy__(self, memo: dict[int, object]) -> LiveProcess:
+        """Return itself: it never changes."""
+        return self
+
+    @property
+    def left_pages(self) -> int:
+        """Sharers that left, as far as events tell."""
+        return self.removed_pages + self.left_singly_pages
+
+    @property
+    def name(self) -> str:
+        """What people call it: the guest's name, else comm, else its pid."""
+        if self.guest:
+            return f"guest {self.guest}"
+        return self.comm or (f"pid {self.pid}" if self.pid else "unknown")
+
+
+@dataclass
+class _Life:
+    key: int
+    pid: int | None = None
+    pid_is_sure: bool = False
+    mm: int | None = None
+    entered_ns: int | None = None
+    exited_ns: int | None = None
+    began: bool = False
+    counts: tuple[int | None, int | None, int | None] = (None, None, None)
+    counted_by: str | None = None
+    counted_ns: int | None = None
+    stat: Mapping[str, int | str | None] = field(default_factory=dict)
+    is_told_twice: bool = False
+    shown: LiveProcess | None = None
+    shown_of: tuple[object, ...] = ()
+
+
+_TALLIED = ("merged", "failed", "removed", "left", "zero", "visited")
+_MOVING = [_TALLIED.index(name) for name in ("merged", "zero", "removed", "left")]
+
+
+class ProcessTally:
+    """Follows the lives of mms, as the report does (:mod:`ksmtrace.analysis.processes`).
+
+    Of more than :data:`KEPT_PROCESSES` those that left first are forgotten, and counted.
+    """
+
+    def __init__(self, header: Header) -> None:
+        self.forgotten = 0
+        self._counts_zero_pages = Recorded(header, concatenate([])).has_field(
+            "ksm_exit", "ksm_zero_pages"
+        )
+        self._lives: list[_Life] = []
+        self._next_key = 0
+        self._counts = np.zeros((len(_TALLIED), 64), np.int64)
+        self._of_mm: dict[int, int] = {}  # index in _lives of the mm's last life
+        self._by_pid: dict[int, list[int]] = {}
+        self._of_sample: dict[int, int] = {}  # by pid, of those that only samples tell of
+        self._before: deque[tuple[int, int, npt.NDArray[np.int64]]] = deque()
+
+    def take(self, events: Events, merges: Merges) -> None:
+        """Take in the next events, and the attempts that were settled with them."""
+        chosen = select(events, np.isin(events["kind"], _WITH_MM) & (events["mm"] != 0))
+        if len(chosen):
+            rows = self._rows_of(chosen)
+            kinds = chosen["kind"]
+            for name, kind in (
+                ("removed", "ksm_remove_rmap_item"),
+                ("visited", "cmp_and_merge_page"),
+            ):
+                self._add(name, rows[kinds == KIND_BY_NAME[kind].number])
+            left = kinds == KIND_BY_NAME["remove_rmap_item_from_tree"].number
+            self._add("left", rows[left & ~has_flag(chosen, EventFlag.NODE_FREED)])
+            zero = kinds == KIND_BY_NAME["ksm_merge_one_page"].number
+            self._add("zero", rows[zero & (chosen["err"] == 0)])
+        self._add_merges(merges, merges.appended, merges.failed | merges.undone)
+        if len(self._lives) > KEPT_PROCESSES:
+            self._forget()
+
+    def _add_merges(self, merges: Merges, appended: Mask, failed: Mask) -> None:
+        known = merges.events["mm"] != 0
+        if known.any():
+            rows = self._rows_at(merges.events)
+            self._add("merged", rows[known & appended])
+            self._add("failed", rows[known & failed])
+
+    def _add(self, name: str, rows: npt.NDArray[np.int64]) -> None:
+        rows = rows[rows >= 0]
+        if len(rows):
+            counts = np.bincount(rows)
+            self._counts[_TALLIED.index(name), : len(counts)] += counts
+
+    def _rows_at(self, events: Events) -> npt.NDArray[np.int64]:
+        """Return per event of the past the life that its mm had then; -1: unknown."""
+        values, at = np.unique(events["mm"], return_inverse=True)
+        rows = np.array([self._of_mm.get(mm, -1) for mm in values.tolist()], np.int64)
+        found = rows[at]
+        for index in np.flatnonzero(rows >= 0).tolist():
+            since_ns = self._lives[rows[index]].entered_ns or 0
+            late = (at == index) & (events["ts_ns"] < since_ns)
+            if late.any():  # the address has been used again since
+                lives = [n for n, life in enumerate(self._lives) if life.mm == int(values[index])]
+                begins = [self._lives[row].entered_ns or 0 for row in lives]
+                places = np.searchsorted(begins, events["ts_ns"][late], side="right") - 1
+                found[late] = np.array(lives)[np.maximum(places, 0)]
+        return found
+
+    def _rows_of(self, events: Events) -> npt.NDArray[np.int64]:
+        """Return per event the life that it belongs to; begins and ends lives on the way."""
+        mms, firsts, at = np.unique(events["mm"], return_index=True, return_inverse=True)
+        rows = np.array([self._of_mm.get(mm, -1) for mm in mms.tolist()], np.int64)
+        for index in np.flatnonzero(rows < 0).tolist():
+            rows[index] = self._begin(int(mms[index]))
+        found = rows[at]
+        owned = has_flag(events, EventFlag.PID_IS_OWNER)
+        for place in np.flatnonzero(np.isin(events["kind"], (_ENTER, _EXIT))).tolist():
+            index = int(at[place])
+            before = int(rows[index])
+            if events["kind"][place] == _ENTER:
+                if place > firsts[index]:
+                    self._find_owner(before, events, owned, at == index, found == before, place)
+                row = self._enter(before, events[place], bool(owned[place]))
+                if row != before:
+                    rows[index] = row
+                    found[place:][at[place:] == index] = row
+            else:
+                self._exit(before, events[place])
+        self._find_owners(events, owned, found)
+        return found
+
+    def _find_owner(
+        self, row: int, events: Events, owned: Mask, of_mm: Mask, of_life: Mask, until: int
+    ) -> None:
+        life = self._lives[row]
+        sure = of_mm & of_life & owned & (events["kind"] != _ENTER)
+        sure[until:] = False
+        if not life.pid_is_sure and sure.any():
+            self._name(row, int(events["pid"][np.argmax(sure)]), True)
+
+    def _find_owners(self, events: Events, owned: Mask, found: npt.NDArray[np.int64]) -> None:
+        rows, firsts = np.unique(
+            np.where(owned & (events["kind"] != _ENTER), found, -1), return_index=True
+        )
+        for row, first in zip(rows.tolist(), firsts.tolist(), strict=True):
+            if row >= 0 and not self._lives[row].pid_is_sure:
+                self._name(row, int(events["pid"][first]), True)
+        exits = np.flatnonzero(events["kind"] == _EXIT)
+        for place in exits.tolist():
+            row = int(found[place])
+            if self._lives[row].pid is None:
+                # All that is left of it: the task that ended its mm.
+                self._name(row, int(events["pid"][place]), False)
+
+    def _name(self, row: int, pid: int, sure: bool) -> None:
+        life = self._lives[row]
+        if life.pid is not None and row in self._by_pid.get(life.pid, []):
+            self._by_pid[life.pid].remove(row)
+        life.pid, life.pid_is_sure = pid, sure
+        self._by_pid.setdefault(pid, []).append(row)
+        if life.mm is None:
+            self._of_sample[pid] = row
+        elif pid in self._of_sample:
+            self._join(pid, self._of_sample.pop(pid), life)
+
+    def _join(self, pid: int, row: int, life: _Life) -> None:
+        # A sample told of the process before events did, and only of its pid.
+        of_sample = self._lives[row]
+        if (of_sample.counted_ns or 0) < (life.entered_ns or 0):
+            return
+        of_sample.is_told_twice = True
+        self._by_pid[pid].remove(row)
+        life.stat = of_sample.stat
+        if life.counted_by is None:
+            life.counts = of_sample.counts
+            life.counted_by, life.counted_ns = of_sample.counted_by, of_sample.counted_ns
+
+    def _begin(self, mm: int | None, pid: int | None = None) -> int:
+        row = len(self._lives)
+        self._lives.append(_Life(self._next_key, mm=mm))
+        self._next_key += 1
+        if row >= self._counts.shape[1]:
+            grown = np.zeros((len(_TALLIED), 2 * self._counts.shape[1]), np.int64)
+            grown[:, :row] = self._counts[:, :row]
+            self._counts = grown
+        if mm is not None:
+            self._of_mm[mm] = row
+        if pid is not None:
+            self._name(row, pid, False)
+        return row
+
+    def _enter(self, row: int, event: np.void, owned: bool) -> int:
+        life = self._lives[row]
+        pid = int(event["pid"]) if owned else None
+        if life.began and (
+            life.exited_ns is not None or (life.pid is not None and pid not in (None, life.pid))
+        ):
+            row = self._begin(int(event["mm"]))
+            life = self._lives[row]
+        if not life.began:
+            life.entered_ns = int(event["ts_ns"])
+        life.began = True
+        life.exited_ns = None
+        if life.pid is None and pid is not None:
+            self._name(row, pid, False)
+        return row
+
+    def _exit(self, row: int, event: np.void) -> None:
+        life = self._lives[row]
+        life.began = True
+        life.exited_ns = int(event["ts_ns"])
+        if event["flags"] & EventFlag.HAS_COUNTS:
+            zero = int(event["ksm_zero_pages"]) if self._counts_zero_pages else life.counts[2]
+            life.counts = int(event["ksm_merging_pages"]), int(event["ksm_rmap_items"]), zero
+            life.counted_by, life.counted_ns = "ksm_exit", life.exited_ns
+
+    def take_sample(self, sample: CounterSample) -> None:
+        """Take in the processes' own counts; after the events until then."""
+        nr = len(self._lives)
+        self._before.append((sample.begin_ns, nr, self._counts[_MOVING, :nr]))
+        while len(self._before) > 1 and self._before[1][0] <= sample.begin_ns - _RATE_NS:
+            self._before.popleft()
+        for pid, stat in sample.processes.items():
+            row = self._alive(pid, sample.begin_ns)
+            if row is None:
+                row = self._begin(None, pid)
+            life = self._lives[row]
+            life.stat = stat
+            names = ("ksm_merging_pages", "ksm_rmap_items", "ksm_zero_pages")
+            values = [value if isinstance(value := stat.get(name), int) else None for name in names]
+            if any(value is not None for value in values) and life.counted_by != "ksm_exit":
+                life.counts = values[0], values[1], values[2]
+                life.counted_by, life.counted_ns = "sample", sample.begin_ns
+
+    def _alive(self, pid: int, at_ns: int) -> int | None:
+        for row in self._by_pid.get(pid, []):
+            life = self._lives[row]
+            begun = life.entered_ns is None or life.entered_ns <= at_ns
+            if begun and not (life.exited_ns is not None and life.exited_ns < at_ns):
+                return row
+        return None
+
+    def _forget(self) -> None:
+        gone = [
+            row
+            for row, life in enumerate(self._lives)
+            if life.exited_ns is not None or life.is_told_twice
+        ]
+        gone = gone[: max(len(self._lives) - KEPT_PROCESSES // 2, 0)]
+        self.forgotten += sum(not self._lives[row].is_told_twice for row in gone)
+        stays = np.ones(len(self._lives), bool)
+        stays[gone] = False
+        places = np.cumsum(stays) - 1
+        self._counts = np.ascontiguousarray(self._counts[:, : len(stays)][:, stays])
+        self._lives = [life for life, keep in zip(self._lives, stays, strict=True) if keep]
+        self._of_mm = {mm: int(places[row]) for mm, row in self._of_mm.items() if stays[row]}
+        by_pid = {
+            pid: [int(places[row]) for row in rows if stays[row]]
+            for pid, rows in self._by_pid.items()
+        }
+        self._by_pid = {pid: rows for pid, rows in by_pid.items() if rows}
+        of_sample = self._of_sample.items()
+        self._of_sample = {pid: int(places[row]) for pid, row in of_sample if stays[row]}
+        self._before.clear()
+
+    def processes(
+        self, at_ns: int, rest: Merges, seen: Mapping[int, ProcessSeen]
+    ) -> tuple[LiveProcess, ...]:
+        """List them, with the attempts that are still held back.
+
+        Args:
+            at_ns: now, CLOCK_MONOTONIC.
+            rest: the attempts that are held back.
+            seen: who each pid is now.
+        """
+        nr = len(self._lives)
+        counts = self._counts[:, :nr].copy()
+        known = rest.events["mm"] != 0
+        if known.any():
+            rows = self._rows_at(rest.events)
+            for name, mask in (
+                ("merged", rest.appended),
+                ("failed", rest.failed | rest.undone),
+            ):
+                chosen = rows[known & mask & (rows >= 0)]
+                counts[_TALLIED.index(name)] += np.bincount(chosen, minlength=nr)
+        merged_per_s, left_per_s = self._rates(at_ns, counts)
+        return tuple(
+            self._process(life, column, merged_per_s[row], left_per_s[row], seen)
+            for row, (life, column) in enumerate(zip(self._lives, counts.T.tolist(), strict=True))
+            if not life.is_told_twice
+        )
+
+    def _process(
+        self,
+        life: _Life,
+        counts: list[int],
+        merged_per_s: float,
+        left_per_s: float,
+        seen: Mapping[int, ProcessSeen],
+    ) -> LiveProcess:
+        # One that has not changed stays the same object: then nothing of it is told again.
+        who = seen.get(life.pid) if life.pid else None
+        times = (life.entered_ns, life.exited_ns)
+        of = (life.pid, times, life.counts, counts, merged_per_s, left_per_s, who, id(life.stat))
+        if life.shown is not None and life.shown_of == of:
+            return life.shown
+        merged, failed, removed, left, zero, visited = counts
+        merging, rmap_items, zero_pages = life.counts
+        life.shown_of = of
+        life.shown = LiveProcess(
+            key=life.key,
+            pid=life.pid,
+            mm=life.mm,
+            comm=who.comm if who else None,
+            cgroup=who.cgroup if who else None,
+            guest=who.guest if who else None,
+            entered_ns=life.entered_ns,
+            exited_ns=life.exited_ns,
+            merged_pages=merged,
+            failed_attempts=failed,
+            removed_pages=removed,
+            left_singly_pages=left,
+            zero_merged_pages=zero,
+            visited_pages=visited,
+            ksm_merging_pages=merging,
+            ksm_rmap_items=rmap_items,
+            ksm_zero_pages=zero_pages,
+            counted_by=life.counted_by,
+            merged_per_s=merged_per_s,
+            left_per_s=left_per_s,
+            stat=life.stat,
+        )
+        return life.shown
+
+    def _rates(self, at_ns: int, counts: npt.NDArray[np.int64]) -> tuple[list[float], list[float]]:
+        moved = counts[_MOVING]
+        per_s = np.zeros(moved.shape)
+        older = [one for one in self._before if one[0] <= at_ns - _RATE_NS]
+        if self._before:
+            then_ns, nr, before = older[-1] if older else self._before[0]
+            per_s[:] = moved
+            per_s[:, :nr] -= before
+            per_s *= 1e9 / max(at_ns - then_ns, _RATE_NS // 2)
+        return (per_s[0] + per_s[1]).tolist(), (per_s[2] + per_s[3]).tolist()
+
+
+@dataclass
+class _Account:
+    # What the events say of one counter: the sum up to a time, and the moves since.
+    said: Said
+    say: int = 0
+    near_first: int = 0
+    pending: tuple[Moves, ...] = ()
+
+
+class BooksTally:
+    """The counters beside what the events say, as :func:`ksmtrace.analysis.books.balance`."""
+
+    def __init__(self, header: Header) -> None:
+        self._header = header
+        nothing = Recorded(header, concatenate([]))
+        self._accounts = {
+            said.counter: _Account(said)
+            for said in iter_said(nothing, tell_outcomes(nothing.events, False))
+        }
+        self._told_ns: list[npt.NDArray[np.uint64]] = []
+        self._last_told_ns = 0
+        self._first: CounterSample | None = None
+        self._samples: list[CounterSample] = []
+        self._losses: list[Losses] = []
+        self._first_marks: Events = concatenate([])
+        self._marks: Events = concatenate([])
+        self._from_ns = 0
+        self.entries: tuple[Entry, ...] = ()
+        self.skipped = 0
+        """Events that were not taken in: with any, what the events say is unknown."""
+
+    def take(self, recorded: Recorded, said: Iterator[Said]) -> None:
+        """Take in what the next events say.
+
+        Args:
+            recorded: the events.
+            said: what :func:`ksmtrace.analysis.books.iter_said` makes of them.
+        """
+        for one in said:
+            if len(one.moves.ts_ns):
+                self._accounts[one.counter].pending += (one.moves,)
+        told = of_kind(recorded.events, *ONE_BY_ONE)["ts_ns"]
+        if len(told):
+            self._told_ns.append(told)
+        marks = of_kind(recorded.events, "ksm_start_scan", "ksm_stop_scan")
+        if len(marks):
+            if len(self._losses) < 2:
+                self._first_marks = concatenate([self._first_marks, marks])[:_MARKS_KEPT]
+            self._marks = concatenate([self._marks, marks])[-_MARKS_KEPT:]
+
+    def take_losses(self, losses: Losses) -> None:
+        """Take in a reading of the kernel-side tallies."""
+        # The first two and the last two are asked for.
+        self._losses = [*self._losses[:2], *self._losses[2:][-2:], losses]
+
+    def settle(self, sample: CounterSample) -> None:
+        """Compare with a sample, once the events until a moment after it have been taken in."""
+        if self._first is None:
+            self._first = sample
+        # The first two and the last two are asked for.
+        self._samples = [*self._samples[:2], *self._samples[2:][-1:], sample]
+        window = self._unsure_window(sample)
+        first = sample is self._first
+        from_ns = sample.end_ns if first else self._from_ns
+        rules: list[Rule] = []
+        for account in self._accounts.values():
+            ts_ns = np.concatenate([moves.ts_ns for moves in account.pending] or [_NONE])
+            by = np.concatenate([moves.by for moves in account.pending] or [_NO_MOVES])
+            since_ns = np.concatenate([moves.since_ns for moves in account.pending] or [_NONE])
+            near = int(np.abs(by[(ts_ns >= window[0]) & (since_ns <= window[1])]).sum())
+            if first:
+                account.near_first = near
+            else:
+                account.say += int(by[(ts_ns >= from_ns) & (ts_ns <= sample.begin_ns)].sum())
+                rules.append(
+                    make_rule(account.said, sample, account.say, account.near_first + near)
+                )
+            keep = ts_ns >= min(window[0], sample.begin_ns)
+            account.pending = (Moves(ts_ns[keep], by[keep], since_ns[keep]),)
+        self._from_ns = sample.end_ns if first else sample.begin_ns + 1
+        if not first:
+            self.entries = tuple(enter(self._shown(), rules))
+
+    def _unsure_window(self, sample: CounterSample) -> tuple[int, int]:
+        begin_ns = sample.begin_ns - SKEW_NS
+        told = np.concatenate(self._told_ns or [_NONE])
+        before = told[told < sample.begin_ns]
+        if len(before):
+            self._last_told_ns = max(self._last_told_ns, int(before.max()))
+        self._told_ns = [told[told >= sample.begin_ns]]
+        if self._last_told_ns:
+            begin_ns = min(begin_ns, self._last_told_ns)
+        return begin_ns, sample.end_ns + SKEW_NS
+
+    def _shown(self) -> Recorded:
+        marks = self._marks
+        if len(self._first_marks) and len(marks):
+            older = self._first_marks[self._first_marks["ts_ns"] < marks["ts_ns"][0]]
+            marks = concatenate([older, marks])
+        losses = list(self._losses)
+        if self.skipped and losses:
+            dropped = {**losses[-1].dropped, "": self.skipped}
+            losses[-1] = replace(losses[-1], dropped=dropped)
+        return Recorded(self._header, marks, samples=self._samples, losses=losses)
