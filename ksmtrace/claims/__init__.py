@@ -1,0 +1,1 @@
+"""What has been said about KSM, as data, and whether a kernel does it."""
