@@ -8,10 +8,13 @@ import sys
 import click
 
 from ksmtrace import __version__
+from ksmtrace.cli.check import check
 from ksmtrace.cli.doctor import doctor
 from ksmtrace.cli.record import record
 from ksmtrace.cli.report import report
+from ksmtrace.cli.selftest import selftest
 from ksmtrace.cli.sites import sites
+from ksmtrace.cli.top import top
 from ksmtrace.cli.tree import tree
 from ksmtrace.cli.vm import vm
 from ksmtrace.cli.workload import workload
@@ -28,6 +31,7 @@ def ksmtrace() -> None:
       ksmtrace doctor                      what can be seen on this kernel
       ksmtrace record -d 60 -o host.ksmt   record one minute
       ksmtrace report host.ksmt            and read what happened
+      ksmtrace top                         watch it as it happens
 
     \b
     Exit status: 0 fine; 1 a claim is violated or a test failed; 2 wrong usage; 3 cannot run
@@ -35,7 +39,7 @@ def ksmtrace() -> None:
     """
 
 
-for _command in (doctor, record, report, tree, workload, vm, sites):
+for _command in (doctor, record, report, check, selftest, top, tree, workload, vm, sites):
     ksmtrace.add_command(_command)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ksmtrace.capture.session import Capture
     from ksmtrace.recording.writer import RecordingWriter
+    from ksmtrace.stream import Witnessed
 
 _STOPPING = {
     signal.SIGINT: "interrupted",
@@ -121,7 +122,7 @@ def record(
         failure = run.follow(capture, writer)
     summary = {
         "file": str(path),
-        "events": capture.progress.events,
+        "events": writer.written_events,
         "lost": capture.progress.dropped,
         "duration_ns": time.monotonic_ns() - capture.header.started_ns,
         "command_exit_status": run.command_exit_status,
@@ -170,11 +171,15 @@ class _Run:
 
     def follow(self, capture: Capture, writer: RecordingWriter) -> KsmtraceError | None:
         """Write the stream to the file; returns the error that cut it short, if one did."""
+        from ksmtrace.stream import Witnessed as Reading
+
         self._capture = capture
         failure: KsmtraceError | None = None
         try:
             for item in capture:
                 writer.write(item)
+                if isinstance(item, Reading) and item.moment == "asked":
+                    self._show_reading(item)
             writer.close()
             failure = capture.progress.failure
         except KsmtraceError as error:
@@ -260,6 +265,13 @@ class _Run:
         )
         self._progress_s = now_s
         self._told = True
+
+    def _show_reading(self, reading: Witnessed) -> None:
+        if not self._quiet:
+            self._end_progress()
+            took = text_duration(reading.end_ns - reading.begin_ns)
+            missing = "".join(f"; {part} not: {why}" for part, why in reading.why_not.items())
+            click.echo(f"ksmtrace: what the kernel holds was read, in {took}{missing}", err=True)
 
     def _end_progress(self) -> None:
         if self._told:
