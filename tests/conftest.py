@@ -31,6 +31,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(missing_for_live())
 
 
+# What takes longest begins first.
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("vm") is None)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item):
     report = yield
@@ -61,7 +66,8 @@ def holds_lock_already() -> bool:
     return any(os.path.realpath(entry) == str(LOCK) for entry in Path("/proc/self/fd").iterdir())
 
 
-@pytest.fixture(scope="session")
+# No longer than a file takes, so that workers (pytest-xdist) which each run files take turns.
+@pytest.fixture(scope="module")
 def kernel_lock() -> Iterator[None]:
     if holds_lock_already():
         yield

@@ -168,7 +168,7 @@ def clean(live: Live) -> None:
 
 
 @pytest.fixture(autouse=True)
-def default_umask() -> Iterator[None]:
+def default_umask(kernel_lock: None) -> Iterator[None]:
     before = os.umask(0o022)
     yield
     os.umask(before)

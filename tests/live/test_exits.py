@@ -94,6 +94,8 @@ def children(pid: int) -> list[int]:
 def test_a_killed_recorder_leaves_the_recorded_command_alone(live, tmp_path):
     with live.recording(tmp_path / "f", command=("sleep", "1000")) as recorder:
         (child,) = live.wait_until(lambda: children(recorder.process.pid))
+        # It is a copy of the recorder until it has become the command.
+        live.wait_until(lambda: Path(f"/proc/{child}/comm").read_text() == "sleep\n")
         recorder.process.kill()
         recorder.process.wait()
         assert Path(f"/proc/{child}/comm").read_text() == "sleep\n"

@@ -1,14 +1,18 @@
 """Recording the known workloads on the running kernel, against independent witnesses."""
 
+import contextlib
 import json
 import signal
 import sys
 
 import pytest
 
+from ksmtrace.capture.plan import make_plan
+from ksmtrace.capture.session import Capture, CaptureSettings
+from ksmtrace.kernel.facts import read_facts
 from ksmtrace.kernel.procfs import read_ksm_stat
 from ksmtrace.kernel.sysfs import read_ksm
-from ksmtrace.stream import Batch, Losses, ProcessSeen
+from ksmtrace.stream import Batch, CounterSample, Losses, ProcessSeen
 
 pytestmark = [pytest.mark.live, pytest.mark.usefixtures("clean")]
 
@@ -80,6 +84,26 @@ def test_events_counters_and_processes_agree_exactly(live, tmp_path, name):
         assert process["difference"] == -gone
 
 
+def test_processes_that_came_up_just_before_the_end_are_in_the_last_sample(live):
+    facts = read_facts()
+    with contextlib.ExitStack() as held:
+        outcome = {}
+
+        def until():
+            workload = live.workload("duplicates", "--pages", "23", "--contents", "5")
+            outcome.update(held.enter_context(live.holding(*workload)))
+            return "all of it between the last look into the ring and the end"
+
+        settings = CaptureSettings(snapshot=False)
+        with Capture(facts, make_plan(facts), settings, until) as capture:
+            samples = [item for item in capture if isinstance(item, CounterSample)]
+        pids = [process["pid"] for process in outcome["processes"]]
+        merging = {pid: read_ksm_stat(pid)["ksm_merging_pages"] for pid in pids}
+    assert merging == dict.fromkeys(pids, 23)
+    told = samples[-1].processes
+    assert {pid: told[pid]["ksm_merging_pages"] for pid in pids if pid in told} == merging
+
+
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_a_recorded_command_is_followed_to_its_end(live, tmp_path, name):
     path = tmp_path / "f.ksmt"
@@ -119,6 +143,7 @@ def test_pages_that_are_pinned_fail_and_are_undone(live, tmp_path):
     content = live.report(path)
     merged = 2 * (pairs - tree_pinned - pinned)
     assert content["merges"]["failed"] == {"EFAULT": tree_pinned + pinned, "undone": tree_pinned}
+    assert content["merges"]["failed_by_cause"] == {"extra_reference": tree_pinned + pinned}
     assert content["merges"]["succeeded"] == merged == witness["ksm_merging_pages"]
     (process,) = content["processes"]
     assert process["failed_attempts"] == 2 * tree_pinned + pinned

@@ -25,6 +25,7 @@ def attachments(names):
 def attached(live):
     """Programs with a tiny ring, and its consumer's side."""
     programs = Programs(attachments(NAMES), make_plan(read_facts()).defines, RING_BYTES)
+    programs.begin()
     ring = Ring(programs.ring_fd, RING_BYTES)
     yield programs, ring
     ring.close()
@@ -95,6 +96,7 @@ def test_taking_few_at_a_time_takes_the_same_events(live, attached):
 
 def test_batches_outlive_the_ring(live):
     programs = Programs(attachments(["ksm_enter"]), make_plan(read_facts()).defines, RING_BYTES)
+    programs.begin()
     ring = Ring(programs.ring_fd, RING_BYTES)
     with live.holding(*live.workload("unique", "--pages", "1")):
         taken = ring.drain()

@@ -20,16 +20,23 @@ BLOBS = {
 @pytest.mark.parametrize(
     ("kernel", "expected"),
     [
-        ("5.10", [64, 0, 8, 912, None, None, None, 2236, 200, 1952]),
-        ("6.1", [16, 8, 16, 928, 1048, 1056, None, 2420, 200, 2168]),
-        ("6.12", [16, 8, 16, 1144, 1264, 1272, 1280, 2436, 224, 2200]),
-        ("6.18h", [16, 8, 16, 1296, 1416, 1424, 1432, 1268, 232, 1016]),
+        ("5.10", [64, 0, 8, 912, None, None, None, 120, 0, 8, 36, 2236, 200, 1952]),
+        ("6.1", [16, 8, 16, 928, 1048, 1056, None, 112, 0, 8, 44, 2420, 200, 2168]),
+        ("6.12", [16, 8, 16, 1144, 1264, 1272, 1280, 168, 0, 8, 44, 2436, 224, 2200]),
+        ("6.18h", [16, 8, 16, 1296, 1416, 1424, 1432, 184, 0, 8, 44, 1268, 232, 1016]),
     ],
 )
 def test_offsets_of_every_member_that_the_programs_read(kernel, expected):
     vm_mm, page, addr, *others = expected
-    ksm = [24, 32, 16, 40, 48, 40, 8, 48, 56, 60, 0, 24]
-    walked = [vm_mm, 24, 8, 40, page, addr]
+    skips = [36, 37] if kernel.startswith("6.1") and kernel != "6.1" else [None, None]
+    ksm = [24, 32, *skips, 16, 40, 48, 40, 8, 48, 56, 60, 0, 24]
+    fault = [0, 24, 8, 48] if kernel == "5.10" else [0, 24, 40, 64]
+    order = {"5.10": [17, None, None], "6.1": [17, 81, 64]}.get(kernel, [None, None, 64])
+    large_mapcount = 80 if kernel.startswith("6.1") and kernel != "6.1" else None
+    users = {"5.10": [92, 80], "6.1": [84, 72]}.get(kernel, [132, 120])
+    state = [0, 52, 48, *order, large_mapcount, *users]
+    delays = [None, None] if kernel == "5.10" else [400, 408]
+    walked = [vm_mm, 24, 8, *fault, *delays, *state, 8, 40, page, addr]
     btf = Btf(BLOBS[kernel])
 
     assert [btf.offset(names, path) for names, path in OFFSETS.values()] == [

@@ -1,9 +1,16 @@
+import contextlib
 import json
+import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from ksmtrace.analysis.report import TOPICS
+from ksmtrace.cli.sections import SECTIONS
+from ksmtrace.units import text_share
 
 GOLDENS = Path(__file__).parents[1] / "golden" / "recordings"
 NAMES = sorted(path.stem for path in GOLDENS.glob("*.ksmt"))
@@ -30,14 +37,48 @@ def test_a_guests_recording_has_every_section(name):
     text = run("report", GOLDENS / f"{name}.ksmt").stdout
     sections = (
         "WHAT ASKS FOR ACTION", "IS KSM PAYING?", "SCAN PASSES:", "PAGE BY PAGE:", "MERGES:",
-        "REMOVALS:", "UNMERGING:", "MIGRATIONS:", "PROCESSES:", "WHO SHARES WITH WHOM",
-        "COUNTERS, AND WHAT", "FUNCTIONS WITH PROGRAMS", "EVENTS, BY HOW", "NOT VISIBLE",
+        "OUTCOMES:", "REMOVALS:", "UNMERGING:", "MIGRATIONS:", "LOCKS:", "RACES AND", "COSTS,",
+        "PROCESSES:", "WHO SHARES WITH WHOM", "COUNTERS, AND WHAT", "FUNCTIONS WITH PROGRAMS",
+        "EVENTS, BY HOW", "NOT VISIBLE",
     )  # fmt: skip
     heads = [line for line in text.splitlines()[3:] if line and not line.startswith(" ")]
     assert len(heads) == len(sections)
     assert all(head.startswith(section) for head, section in zip(heads, sections, strict=True))
     assert "nothing found" in text
     assert "contradiction" not in text
+
+
+def test_a_section_alone_is_what_it_is_in_the_whole():
+    file = GOLDENS / "guest-7.x-moves.ksmt"
+    head, *whole = run("report", file).stdout.rstrip().split("\n\n")
+    assert len(whole) == len(SECTIONS)
+    done = run("report", file, *(f"--section={section.name}" for section in reversed(SECTIONS)))
+    assert done.stdout.rstrip().split("\n\n") == [head, *whole]
+    done = run("report", file, "--section", "migrations")
+    assert done.stdout.rstrip().split("\n\n") == [head, whole[8]]
+    assert whole[8].startswith("MIGRATIONS: 7 moves")
+
+
+def test_a_section_of_json_is_the_head_and_its_keys():
+    file = GOLDENS / "guest-7.x-moves.ksmt"
+    whole = json.loads(run("report", "--json", file).stdout)
+    done = run("report", "--json", file, "--section", "merges", "--section", "migrations")
+    part = json.loads(done.stdout)
+    assert {"complete", "lost", "incomplete_because"} <= part.keys()
+    asked = {"merges", "zero_pages", "rates", "migrations"}
+    assert part.keys() - (whole.keys() - TOPICS.keys()) == asked
+    assert all(part[key] == whole[key] for key in part)
+
+
+def test_every_topic_is_in_a_section():
+    assert {key for section in SECTIONS for key in section.keys} == TOPICS.keys()
+    assert len({section.name for section in SECTIONS}) == len(SECTIONS)
+
+
+def test_an_unknown_section_is_status_2_and_lists_the_names():
+    done = run("report", GOLDENS / "cow.ksmt", "--section", "cows")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert all(f"'{section.name}'" in done.stderr for section in SECTIONS)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +236,10 @@ def test_help_and_report_import_no_capture():
     cases = (
         (["ksmtrace", "--help"], ["bcc", "pandas", "textual", "numpy", "pyarrow"]),
         (["ksmtrace", "record", "--help"], ["bcc", "pandas", "textual"]),
-        (["ksmtrace", "report", str(GOLDENS / "cow.ksmt")], ["bcc", "textual", "pyroute2"]),
+        (
+            ["ksmtrace", "report", str(GOLDENS / "cow.ksmt")],
+            ["bcc", "textual", "pyroute2", "matplotlib"],
+        ),
     )
     for argv, unwanted in cases:
         done = subprocess.run(
@@ -203,3 +247,44 @@ def test_help_and_report_import_no_capture():
             capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert done.stderr == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("share", "text"),
+    [(0, "0.0%"), (1 / 32979, "<0.1%"), (0.5, "50.0%"), (32966 / 32979, ">99.9%"), (1, "100.0%")],
+)
+def test_all_and_none_are_said_of_all_and_none_only(share, text):
+    assert text_share(share) == text
+
+
+@pytest.mark.parametrize("command", ["report", "tree", "check"])
+def test_where_numpy_does_not_sort_nothing_is_said(command):
+    # As under QEMU 7.2 with AVX2.
+    broken = (
+        "import numpy\nnumpy.argsort = lambda keys, **_: numpy.arange(len(keys))\n"
+        "from ksmtrace.cli import main\nmain()"
+    )
+    program = [sys.executable, "-c", broken, command, GOLDENS / "guest-7.x-churn.ksmt"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("ksmtrace: numpy sorts wrongly on this CPU")
+    assert "-cpu max,-avx2" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["report", "tree", "check"])
+def test_what_takes_long_is_said_on_a_terminal(command):
+    at_once = (
+        "from ksmtrace.cli import main, waiting\nwaiting._FIRST_S = waiting._STEP_S = 0.0\nmain()"
+    )
+    file = GOLDENS / "guest-7.x-churn.ksmt"
+    ours, theirs = pty.openpty()
+    program = [sys.executable, "-c", at_once, command, str(file)]
+    with subprocess.Popen(program, stdout=subprocess.DEVNULL, stderr=theirs) as process:
+        os.close(theirs)
+        told = b""
+        with contextlib.suppress(OSError):  # a terminal's end
+            while part := os.read(ours, 1 << 16):
+                told += part
+    os.close(ours)
+    assert process.returncode == 0
+    assert f"\r\x1b[Kreading {file}: 0 s".encode() in told and told.endswith(b"\r\x1b[K")

@@ -28,7 +28,7 @@ from ksmtrace.events import (
 )
 
 ROOT = Path(__file__).parents[2]
-WIDTHS = {"u64": 8, "s64": 8, "u32": 4, "s32": 4, "s16": 2, "u8": 1, "comm": 16}
+WIDTHS = {"u64": 8, "s64": 8, "u32": 4, "s32": 4, "s16": 2, "u16": 2, "u8": 1, "s8": 1, "comm": 16}
 
 
 def events(count: int) -> np.ndarray:
@@ -70,7 +70,7 @@ def test_no_two_fields_of_one_kind_overlap(kind):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_every_tracepoint_has_its_program(kind):
     source = (ROOT / "bpf/ksm.c").read_text()
-    program = re.search(rf"^int on_{kind.name}\(.*?^}}", source, re.S | re.M)
+    program = re.search(rf"^ON_TRACEPOINT\({kind.name}\).*?^}}", source, re.S | re.M)
     assert (program is not None) is kind.has_tracepoint
     assert program is None or f"begin({kind.name.upper()})" in program[0]
 
@@ -109,6 +109,8 @@ def test_the_c_struct_has_the_layout_that_the_dtype_has(tmp_path):
             ("unsigned", "u32"),
             ("int", "s32"),
             ("short", "s16"),
+            ("unsigned short", "u16"),
+            ("signed char", "s8"),
             ("unsigned char", "u8"),
         )
     )

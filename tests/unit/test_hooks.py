@@ -16,6 +16,9 @@ from ksmtrace.capture.hooks import (
     HISTOGRAM_SLOTS,
     HISTOGRAMS,
     HOOKS,
+    LOCK_HISTOGRAMS,
+    LOCK_SIDES,
+    LOCK_TALLIES,
     RUNGS,
     SITE,
     SITE_ARGUMENTS,
@@ -28,13 +31,17 @@ from ksmtrace.kernel import facts
 BPF = Path(__file__).parents[2] / "bpf"
 KSM_C = (BPF / "ksm.c").read_text()
 FUNCTIONS_C = (BPF / "functions.c").read_text()
-CODE = re.sub(r"/\*.*?\*/", "", KSM_C + FUNCTIONS_C, flags=re.S)
+HOOKS_C = "".join(path.read_text() for path in sorted(BPF.glob("*.c")) if path.name != "ksm.c")
+CODE = re.sub(r"/\*.*?\*/", "", KSM_C + HOOKS_C, flags=re.S)
 ALL_HOOKS = [(name, hook) for name, hooks in HOOKS.items() for hook in hooks]
 
 OFFERED = {
     *(*planning.OFFSET_DEFINES, *planning.SYMBOL_DEFINES, *planning.PAGE_DEFINES),
-    *("KSMD_PID", "EVERY_PAGE"),
+    *("KSMD_PID", "EVERY_PAGE", "NR_FUNCTIONS", "PG_HEAD"),
+    *(f"{text}_{side}" for text in planning.TEXT_DEFINES for side in ("BEGIN", "END")),
+    *(define for defines in planning.PTE_DEFINES.values() for define in defines),
     *(switch for _, hook in ALL_HOOKS for switch in hook.switches),
+    *(f"WITH_{body.upper()}" for _, hook in ALL_HOOKS for body in hook.optional),
     *(f"EMIT_{name.upper()}" for name, hooks in HOOKS.items() if hooks),
 }
 """Every define that a plan may have, but for those that a function brings with it."""
@@ -51,21 +58,23 @@ def test_a_hook_names_only_what_there_is(name, hook):
     numbers = {kind.name: kind.number for kind in KINDS}
     fields = KIND_BY_NAME[name].body
 
-    assert hook.rung in (FENTRY, SITE, DERIVED)
-    assert hook.functions or hook.sites
+    assert hook.rung in (TRACEPOINT, FENTRY, SITE, DERIVED)
+    assert hook.functions or hook.sites or hook.tracepoints
+    assert not (hook.functions or hook.sites) or hook.rung != TRACEPOINT
     assert bool(hook.sites) is (hook.rung == SITE)
-    assert {*hook.functions, *hook.page_functions} <= set(FUNCTION_BY_BODY)
+    assert {*hook.functions, *hook.page_functions, *hook.optional} <= set(FUNCTION_BY_BODY)
     assert set(hook.sites) <= set(SITE_ARGUMENTS)
     assert {*hook.page_fields, *(hook.lacks or {})} <= set(fields)
     assert all(numbers[before] < numbers[name] for before in hook.kinds)
     assert {*hook.defines, *hook.switches} <= OFFERED
-    assert all(f"int on_{tracepoint}(" in FUNCTIONS_C for tracepoint in hook.tracepoints)
+    assert all(f"ON_TRACEPOINT({tracepoint})" in CODE for tracepoint in hook.tracepoints)
+    assert set(hook.tracepoints) <= {*facts.NEIGHBOUR_TRACEPOINTS, *hook.kinds}
     assert hook.how
 
 
 @pytest.mark.parametrize(("name", "hook"), [pair for pair in ALL_HOOKS if pair[1].rung == FENTRY])
 def test_an_event_by_fentry_is_about_the_hooks_first_function(name, hook):
-    if not KIND_BY_NAME[name].has_tracepoint:
+    if not KIND_BY_NAME[name].has_tracepoint and name != "merge_failure":
         assert hook.functions[0] == name
 
 
@@ -84,7 +93,9 @@ def test_a_function_has_the_bodies_that_it_declares(function):
     assert function.leaves or not function.keeps
     assert function.enters or function.keeps != "noted"
     uses = [
-        hook for _, hook in ALL_HOOKS if function.body in (*hook.functions, *hook.page_functions)
+        hook
+        for _, hook in ALL_HOOKS
+        if function.body in (*hook.functions, *hook.page_functions, *hook.optional)
     ]
     assert uses, "no hook takes it"
 
@@ -110,6 +121,7 @@ def test_inlined_functions_have_an_entry_for_their_site():
 
 def test_defines_are_those_that_the_programs_ask_about():
     asked = set(re.findall(r"defined\((\w+)\)", CODE)) | set(re.findall(r"#ifn?def (\w+)", CODE))
+    asked -= set(re.findall(r"#define (\w+)", CODE))
     used = set(re.findall(r"\b[A-Z][A-Z0-9_]+\b", CODE))
 
     assert asked <= OFFERED
@@ -126,23 +138,43 @@ def test_functions_have_the_numbers_that_the_programs_ask_about():
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_what_functions_emit_has_a_switch(kind):
-    emitted = f"begin({kind.name.upper()})" in FUNCTIONS_C
+    emitted = f"begin({kind.name.upper()})" in HOOKS_C
 
     assert emitted is bool(HOOKS[kind.name])
-    assert (f"EMIT_{kind.name.upper()}" in FUNCTIONS_C) is emitted
+    assert (f"EMIT_{kind.name.upper()}" in HOOKS_C) is emitted
 
 
 def test_counts_and_histograms_are_in_the_order_of_their_maps():
-    (counts,) = re.findall(r"enum \{ ([^}]*), NR_COUNTS = COUNT_SEARCHES \+ 4 \}", CODE)
-    (histograms,) = re.findall(r"enum \{ ([^}]*), NR_HISTOGRAMS \}", CODE)
+    (counts,) = re.findall(r"enum \{\s+([^}]*),\s+NR_COUNTS,\s+\}", CODE)
+    (histograms,) = re.findall(r"enum \{\s+([^}]*),\s+NR_HISTOGRAMS,\s+\}", CODE)
 
-    assert counts == "COUNT_VISITS, COUNT_SKIPS, COUNT_SEARCHES"
+    assert re.split(r",\s+", counts) == [
+        *("COUNT_VISITS", "COUNT_SKIPS", "COUNT_SEARCHES"),
+        "COUNT_ZERO_PAGE_COWS = COUNT_SEARCHES + 4",
+    ]
     assert [name.partition(".")[0] for name in COUNTS] == [
         *("cmp_and_merge_page", "smart_scan_skips"),
         *4 * ("stable_tree_search",),
+        "do_wp_page",
     ]
-    assert histograms.split(", ") == [f"HISTOGRAM_{name.upper()}" for name in HISTOGRAMS]
+    assert re.split(r",\s+", histograms) == [f"HISTOGRAM_{name.upper()}" for name in HISTOGRAMS]
     assert f"#define HISTOGRAM_SLOTS {HISTOGRAM_SLOTS}\n" in FUNCTIONS_C
+
+
+def test_what_is_counted_of_locks_is_in_the_order_of_its_maps():
+    (sides,) = re.findall(r"enum \{ ([^}]*), NR_LOCK_SIDES \}", CODE)
+    (tallies,) = re.findall(r"enum \{ ([^}]*), NR_LOCK_TALLIES \}", CODE)
+
+    assert sides.split(", ") == ["LOCK_WAITED", "LOCK_HELD"]
+    assert LOCK_SIDES == ("wait_ns", "hold_ns")
+    assert [name.partition("_")[2].lower() for name in tallies.split(", ")] == [
+        *("times", "total_ns", "worst_ns")
+    ]
+    assert LOCK_TALLIES == ("times", "total", "worst")
+    assert LOCK_HISTOGRAMS[:3] == (
+        *("wait_ns.ksm_thread_mutex", "hold_ns.ksm_thread_mutex", "wait_ns.mmap_lock"),
+    )
+    assert f"#define LOCK_SLOTS {HISTOGRAM_SLOTS}\n" in CODE
 
 
 def test_every_rung_but_the_last_can_be_left_out():

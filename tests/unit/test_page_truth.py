@@ -27,9 +27,11 @@ class Proc:
         directory = self.root / "proc" / str(pid)
         directory.mkdir()
         smaps, pagemap = "", np.zeros(0x200, np.uint64)
-        for start, entries, flags in mappings:
+        for start, entries, flags, *ksm_pages in mappings:
             end = start + len(entries) * PAGE
-            smaps += f"{start:08x}-{end:08x} rw-p 00000000 00:00 0\nVmFlags: rd wr {flags}\n"
+            smaps += f"{start:08x}-{end:08x} rw-p 00000000 00:00 0\n"
+            smaps += "".join(f"KSM: {4 * number} kB\n" for number in ksm_pages)
+            smaps += f"VmFlags: rd wr {flags}\n"
             pagemap[start // PAGE : end // PAGE] = entries
         (directory / "ksm_stat").write_bytes(ksm_stat)
         (directory / "smaps").write_text(smaps)
@@ -104,10 +106,35 @@ def test_where_the_flag_is_set_for_every_anonymous_page(proc):
 
     assert truth.kpf_ksm is LYING
     assert sorted(set(zip(*(truth.pages[n].tolist() for n in ("pfn", "is_ksm")), strict=True))) == [
-        *((11, -1), (12, 0), (13, -1), (14, 0), (17, -1)),
+        # One mm maps 11 twice, which nothing but KSM brings about.
+        *((11, 1), (12, 0), (13, -1), (14, 0), (17, -1)),
     ]
     # What is mapped at several places: the fork's page among it.
     assert truth.merged_frames()["pfn"].tolist() == [11, 13, 17]
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        # In the second range of one 31 and 32 are left, of which one is a KSM page; 32 is the only
+        # one in the other process, where none is.
+        ((1, 1, 0), {31: 1, 32: 0, 33: 1, 34: -1}),
+        ((1, 1, 1), {31: 0, 32: 1, 33: 1, 34: -1}),
+        # Nothing is settled where only some of what is left can be, or the kernel does not count.
+        ((0, 1, None), {31: -1, 32: -1, 33: 0, 34: -1}),
+        ((None, None, None), {31: -1, 32: -1, 33: -1, 34: -1}),
+    ],
+)
+def test_what_the_flag_does_not_tell_the_count_of_smaps_may_settle(tmp_path, counts, expected):
+    proc = Proc(tmp_path)
+    first, second, third = ([] if count is None else [count] for count in counts)
+    proc.process(3, (0x10000, at(33), "mg", *first), (0x20000, at(31, 0, 32), "mg", *second))
+    proc.process(4, (0x10000, at(32), "mg", *third), (0x20000, at(34, 34), "nh"))
+    proc.process(6, (0x30000, at(34), "mg"))
+    for pfn in expected:
+        proc.frame(pfn, ANON | KSM, 1)
+    pages = read_page_truth(kpf_ksm=LYING, root=proc.root).pages
+    assert dict(zip(pages["pfn"].tolist(), pages["is_ksm"].tolist(), strict=False)) == expected
 
 
 def test_a_process_that_vanishes_is_left_out_and_counted(proc, monkeypatch):

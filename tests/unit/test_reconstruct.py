@@ -21,7 +21,7 @@ from ksmtrace.reconstruct.replay import Replay, iter_states, told_ns
 from ksmtrace.reconstruct.snapshot import take_snapshot
 from ksmtrace.reconstruct.state import ItemState, World
 from ksmtrace.recording.reader import RecordingReader
-from ksmtrace.stream import Batch, CounterSample, Header, Witnessed
+from ksmtrace.stream import Batch, CounterSample, Header, Losses, Witnessed
 
 GOLDENS = Path(__file__).parents[1] / "golden" / "recordings"
 NAMES = sorted(path.stem for path in GOLDENS.glob("*.ksmt"))
@@ -233,6 +233,27 @@ def test_what_was_lost_by_then_makes_the_state_incomplete():
     since_ns = min(reason.since_ns for reason in end.incomplete)
     assert state_of(name, since_ns + 1).incomplete
     assert all(reason.lost > 0 for reason in end.incomplete)
+
+
+def test_a_recording_that_was_cut_off_is_incomplete_since_all_events_had_come(tmp_path):
+    whole = read("guest-7.x-churn")
+    path = tmp_path / "cut.ksmt"
+    path.write_bytes(whole.path.read_bytes()[: 2 * whole.path.stat().st_size // 3])
+    replay = Replay(lambda: RecordingReader(path))
+    items = list(RecordingReader(path))
+    come = sum(len(item.events) for item in items if isinstance(item, Batch))
+    settled = [
+        item.ts_ns
+        for item in items
+        if isinstance(item, Losses) and sum(item.produced.values()) <= come
+    ]
+    state = replay.state_at()
+    (reason,) = state.incomplete
+    last_ns = max(int(item.events["ts_ns"].max()) for item in items if isinstance(item, Batch))
+    assert reason.since_ns == max(settled[-1], last_ns) < state.at_ns and "cut off" in reason.why
+    assert not replay.state_at(reason.since_ns).incomplete
+    assert replay.state_at(reason.since_ns + 1).incomplete == (reason,)
+    assert not state_of("guest-7.x-churn").incomplete
 
 
 # ---- who shares with whom ----

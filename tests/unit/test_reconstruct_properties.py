@@ -934,3 +934,22 @@ def test_a_move_to_another_numa_node_leaves_the_tree_unknown(across):
     (node,) = take_snapshot(fold).stable_nodes
     assert (node["kpfn"], node["nid"], node["tree_nid"], node["moved"]) == (107, 1, 0, 1)
     assert node["placed"] == bool(across)
+
+
+@pytest.mark.parametrize("trees", [1, 2])
+def test_a_knob_that_changed_since_it_was_read_is_told_by_new_stable_nodes(trees):
+    def born(ts_ns, stable_node, pfn, nid):
+        number = KIND_BY_NAME["stable_tree_insert"].number
+        return {"ts_ns": ts_ns, "kind": number, "stable_node": stable_node, "pfn": pfn, "nid": nid}
+
+    move = {"kind": KIND_BY_NAME["ksm_migrate_page"].number, "stable_node": 64, "ts_ns": 8}
+    move |= {"kpfn_before": 7, "kpfn_after": 107, "pfn": 7, "new_pfn": 107}
+    stop = {"ts_ns": 4, "kind": KIND_BY_NAME["run_store"].number, "run": 2}
+    fold = Fold(header())
+    fold.take(CounterSample(1, 2, {"merge_across_nodes": 2 - trees}, {}, {}, {}))
+    fold.take(Batch(as_array([stop, born(5, 64, 7, 0), move])))
+    moved = {node["stable_node"]: node for node in take_snapshot(fold).stable_nodes}[64]
+    assert not moved["placed"], "known of a knob that may have changed since"
+    fold.take(Batch(as_array([born(9, 128, 108, trees - 1)])))
+    moved = {node["stable_node"]: node for node in take_snapshot(fold).stable_nodes}[64]
+    assert moved["placed"] == (trees == 1)

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -219,7 +221,14 @@ def check_prefix(path: Path, whole: list) -> bool:
         assert isinstance(error, ForeignRecording)  # the header itself is cut off
         assert error.exit_status == 5
         assert items == []
+        size = path.stat().st_size
+        assert ("cut off" in f"{error} {error.hint}") == (size == 0 or size > 3)
     return error is not None
+
+
+def test_a_folder_is_no_recording(tmp_path):
+    with pytest.raises(RecordingError, match="cannot be read: it is no regular file"):
+        RecordingReader(tmp_path)
 
 
 def test_every_prefix_of_a_recording_reads_up_to_the_cut(tmp_path, reduced):
@@ -470,7 +479,9 @@ def test_a_refused_output_closes_its_descriptor_once():
 def test_a_failed_write_keeps_what_was_written_and_says_so(tmp_path, monkeypatch):
     path = tmp_path / "f"
     writer = RecordingWriter(path, HEADER)
+    writer.write(Batch(make_events(7)))
     writer.write(LOSSES)
+    writer.write(Batch(make_events(5)))
     size = path.stat().st_size
     real_write = os.write
     allowed = 100
@@ -490,7 +501,8 @@ def test_a_failed_write_keeps_what_was_written_and_says_so(tmp_path, monkeypatch
     monkeypatch.undo()
     assert path.stat().st_size == size
     assert f"first {size} bytes" in (caught.value.hint or "")
-    items, cut_off, error = read_what_there_is(path)
+    (batch, *items), cut_off, error = read_what_there_is(path)
+    assert len(batch.events) == writer.written_events == 7
     assert (items, cut_off, error) == ([LOSSES], "the file ends before its trailer", None)
 
 
@@ -525,3 +537,20 @@ def test_a_recording_made_before_counts_were_kept_has_none():
     losses = [item for item in RecordingReader(GOLDENS / "cow.ksmt") if isinstance(item, Losses)]
     assert losses
     assert {(*item.counted, *item.histograms, *item.calls) for item in losses} == {()}
+
+
+def test_writing_imports_nothing_that_takes_long(recordings, tmp_path):
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from ksmtrace.recording.reader import RecordingReader\n"
+        "from ksmtrace.recording.writer import RecordingWriter\n"
+        "reader = RecordingReader(Path(sys.argv[1]))\n"
+        "before = set(sys.modules)\n"
+        "with RecordingWriter(Path(sys.argv[2]), reader.header) as writer:\n"
+        "    for item in reader: writer.write(item)\n"
+        "sys.exit(' '.join(set(sys.modules) - before))\n"
+    )
+    command = [sys.executable, "-c", program]
+    command += [str(recordings / "guest-6.12-witnessed.ksmt"), str(tmp_path / "copy.ksmt")]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert done.stderr.strip() == ""

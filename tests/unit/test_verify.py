@@ -68,7 +68,9 @@ def test_a_real_guest_has_no_difference(readings):
 def test_what_was_compared_follows_from_the_workload(state, memory):
     compared = compare_with_memory(state, memory).compared
 
-    assert compared == {"stable_nodes": 65, "sharers": 403, "unstable_rmap_items": 53}
+    assert list(compared.items()) == [
+        *(("stable_nodes", 65), ("sharers", 403), ("chains", 13), ("unstable_rmap_items", 53)),
+    ]
     counters = compare_counters(state, memory)
     assert counters["ksm_pages_shared"] == (65, 65)
     assert counters["ksm_pages_sharing"] == (338, 338)
@@ -113,6 +115,43 @@ def test_another_chain(state, memory):
 
     lied = changed(memory, "stable_nodes", rehang)
     assert found(state, lied) == [(What.CHAIN, Cause.CONTRADICTION)]
+
+
+def test_a_chain_that_only_one_side_has(state, memory):
+    def rename(rows):
+        rows["stable_node"][np.flatnonzero(rows["kind"] == NodeKind.CHAIN)[0]] += 64
+
+    assert found(state, changed(memory, "stable_nodes", rename)) == [
+        (What.CHAIN_MISSING, Cause.CONTRADICTION),
+        (What.CHAIN_TOO_MANY, Cause.CONTRADICTION),
+    ]
+
+
+@pytest.mark.parametrize(("in_kernel", "counted"), [(True, 14), (False, 13)])
+def test_a_chain_without_dups_may_have_been_freed_since(state, memory, in_kernel, counted):
+    lonely = state.chains[:1].copy()
+    lonely["chain"] += 64
+    lonely["dups"] = 0
+    ours = replace(
+        state,
+        chains=np.append(state.chains, lonely),
+        totals=replace(state.totals, empty_chains=1),
+    )
+
+    def add(rows):
+        extra = rows[rows["kind"] == NodeKind.CHAIN][:1]
+        extra["stable_node"] = lonely["chain"]
+        return np.append(rows, extra)
+
+    held = changed(memory, "stable_nodes", add) if in_kernel else memory
+    held = replace(held, counters={**memory.counters, "ksm_stable_node_chains": counted})
+    expected = [] if in_kernel else [(What.CHAIN_TOO_MANY, Cause.EMPTY)]
+    assert found(ours, held) == expected
+    assert compare_counters(ours, held)["ksm_stable_node_chains"] == (counted, counted)
+    # Neither fewer than have dups, nor more than that and the empty ones.
+    for wrong, nearest in ((12, 13), (15, 14)):
+        lied = replace(memory, counters={"ksm_stable_node_chains": wrong})
+        assert compare_counters(ours, lied) == {"ksm_stable_node_chains": (nearest, wrong)}
 
 
 @pytest.mark.parametrize(
@@ -189,7 +228,8 @@ def test_verify_says_no_difference_and_exits_with_0():
     run = CliRunner().invoke(ksmtrace, ["tree", "--verify", str(FILE)])
 
     assert run.exit_code == 0, run.output
-    assert "no difference in 65 stable_nodes, 403 sharers, 53 unstable_rmap_items" in run.output
+    compared = "65 stable_nodes, 403 sharers, 13 chains, 53 unstable_rmap_items"
+    assert f"no difference in {compared}" in run.output
     assert "CONTRADICTION" not in run.output
     plain = CliRunner().invoke(ksmtrace, ["tree", "--verify", "--json", str(FILE)])
     entries = json.loads(plain.stdout)["verify"]

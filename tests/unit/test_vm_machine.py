@@ -50,11 +50,12 @@ def qemu(options: VmOptions, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     )
 
 
-def test_emulation_has_one_thread_and_shows_no_memory_to_ksm(
+def test_emulation_has_one_thread_no_avx2_and_shows_no_memory_to_ksm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     command = qemu(VmOptions(), monkeypatch)
     assert command[command.index("-accel") + 1] == "tcg,thread=single"
+    assert command[command.index("-cpu") + 1] == "max,-avx2"
     assert "mem-merge=off" in command[command.index("-machine") + 1]
     assert "-no-reboot" in command
 

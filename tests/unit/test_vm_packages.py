@@ -136,7 +136,7 @@ def test_failures_of_apt_are_told_apart(stderr: str, expected: str) -> None:
 
 def test_no_space_is_found_before_the_download(tmp_path: Path) -> None:
     with pytest.raises(CannotRun, match="no space in"):
-        packages._check_space(tmp_path, 1 << 60)
+        packages.check_space(tmp_path, 1 << 60)
 
 
 @pytest.fixture

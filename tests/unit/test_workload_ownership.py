@@ -12,7 +12,7 @@ from ksmtrace.workload.signals import Interrupted, stop_on_signals
 def test_one_owner_at_a_time_and_the_refusal_names_it(tmp_path: Path) -> None:
     first = take_ownership(tmp_path / "lock")
     first.publish({"run": "0"})
-    with pytest.raises(CannotRun, match=rf"held by pid {os.getpid()} \(.*pytest") as refusal:
+    with pytest.raises(CannotRun, match=rf"held by pid {os.getpid()} \(.*python") as refusal:
         take_ownership(tmp_path / "lock")
     assert refusal.value.exit_status == 3
     assert str(tmp_path / "lock") in (refusal.value.hint or "")

@@ -3,15 +3,21 @@
 import functools
 import os
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from ksmtrace.errors import CannotRun
-from ksmtrace.vm import Kernel, find_kernel
+from ksmtrace.errors import CannotRun, LostVM
+from ksmtrace.vm import Kernel, Outcome, VmOptions, VmResult, find_kernel, run_in_vm
+from ksmtrace.vm.selftests import fetch_selftests
 
 REQUIRED = os.environ.get("KSMTRACE_RUN_KERNEL_TESTS") == "1"
 PROGRAMS = ("qemu-system-x86_64", "busybox")
+# A guest that hangs is to be told of before pytest ends the whole test (pyproject.toml).
+LONGEST_S = 1100
 
 
 # A kernel that cannot be had is asked for once only: without a network that takes its time.
@@ -36,6 +42,47 @@ def find_or_skip(series: str) -> Kernel:
 
 
 @pytest.fixture
+def selftests() -> Path:
+    """Find the kernel's own KSM tests, those of 6.12."""
+    try:
+        return fetch_selftests("6.12")
+    except CannotRun as error:
+        if REQUIRED:
+            pytest.fail(f"KSMTRACE_RUN_KERNEL_TESTS=1 allows no skip: {error}")
+        pytest.skip(str(error))
+
+
+@pytest.fixture
 def kernel_of() -> Callable[[str], Kernel]:
     """Find the kernel of a series; skip the test where there is none, or fail it if required."""
     return find_or_skip
+
+
+@pytest.fixture(scope="session")
+def in_guest(tmp_path_factory) -> Callable[..., Path]:
+    """Run a program in a guest, once for all tests of it; returns the folder that it wrote to.
+
+    The program gets the folder's name, and further arguments after it.
+    """
+    ended: dict[tuple[str, Path], tuple[Path, VmResult | LostVM]] = {}
+
+    def run(series: str, program: Path, options: VmOptions, *arguments: str) -> Path:
+        if (series, program) not in ended:
+            kernel = find_or_skip(series)
+            out = tmp_path_factory.mktemp(series)
+            command = [sys.executable, str(program), str(out), *arguments]
+            result: VmResult | LostVM
+            try:
+                writable = replace(options, writable=[out])
+                result = run_in_vm(command, kernel, writable, capture=True, timeout_s=LONGEST_S)
+            except LostVM as error:
+                result = error
+            ended[series, program] = out, result
+        out, result = ended[series, program]
+        if isinstance(result, LostVM):
+            raise result
+        assert result.outcome is Outcome.EXITED, result
+        assert result.exit_status == 0, result.stderr
+        return out
+
+    return run

@@ -66,9 +66,8 @@ def main(out: Path, recorders: list[str]) -> None:
         command = [*record, *RECORDERS[name], "-o", str(out / f"{name}.ksmt"), "--", *command]
     before = {name: hits(name) for name in witnessed}
     sysfs_before = read_sysfs()
-    status = subprocess.run(command).returncode
+    subprocess.run(command, check=True)
     witness = {
-        "status": status,
         "calls": {name: hits(name) - before[name] for name in witnessed},
         "pages_found": entries(instance) if found.exists() else None,
         "sysfs": {name: read_sysfs()[name] - sysfs_before[name] for name in sysfs_before},

@@ -131,6 +131,8 @@ def compare(reader: KsmMemoryReader) -> dict[str, object]:
     nodes, items = memory.stable_nodes, memory.rmap_items
     with_sharers = nodes[(nodes["kind"] != NodeKind.CHAIN) & (nodes["rmap_hlist_len"] > 0)]
     merged = pages.merged_frames()
+    is_of_a_node = np.isin(pages.pages["pfn"], with_sharers["kpfn"])
+    told = pages.pages["is_ksm"] >= 0
     return {
         "nr_ranges": nr_ranges,
         "consistent": memory.consistent,
@@ -150,6 +152,8 @@ def compare(reader: KsmMemoryReader) -> dict[str, object]:
         "kpf_ksm": pages.kpf_ksm.truthful,
         "nr_processes": pages.nr_processes,
         "nr_ksm_pages": int((pages.pages["is_ksm"] == 1).sum()),
+        "nr_not_told": int((~told & is_of_a_node).sum()),
+        "nr_told_wrongly": int((told & (is_of_a_node != (pages.pages["is_ksm"] == 1))).sum()),
         "states": {ItemState(s).name: n for s, n in Counter(items["state"].tolist()).items()},
         "kinds": {NodeKind(k).name: n for k, n in Counter(nodes["kind"].tolist()).items()},
         "roots": {r: n for r, n in sorted(Counter(nodes["root"].tolist()).items())},

@@ -1,8 +1,8 @@
 """Probes on functions in real guests, against the kernel's own count of the same calls."""
 
+import functools
 import json
 import runpy
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ import pytest
 from ksmtrace.analysis.recorded import Recorded, gather, has_flag
 from ksmtrace.events import EventFlag, Events, SearchOutcome, of_kind
 from ksmtrace.recording.reader import RecordingReader
-from ksmtrace.vm import Kernel, Outcome, VmOptions, run_in_vm
+from ksmtrace.vm import VmOptions
 
 pytestmark = pytest.mark.vm
 
@@ -55,31 +55,16 @@ class Run:
     witness: dict[str, Any]
 
 
-_runs: dict[str, Run] = {}
-
-
 @pytest.fixture
-def run(series: str, kernel_of, tmp_path_factory) -> Run:
-    """Boot each kernel once, for all tests of it."""
-    if series not in _runs:
-        _runs[series] = run_in_guest(series, kernel_of(series), tmp_path_factory.mktemp(series))
-    return _runs[series]
+def run(series: str, in_guest) -> Run:
+    names = RECORDERS[series]
+    return load(in_guest(series, PROGRAM, VmOptions(numa_nodes=2), *names), names)
 
 
-def run_in_guest(series: str, kernel: Kernel, out: Path) -> Run:
-    result = run_in_vm(
-        [sys.executable, str(PROGRAM), str(out), *RECORDERS[series]],
-        kernel,
-        VmOptions(writable=[out], numa_nodes=2),
-        capture=True,
-        timeout_s=1200,
-    )
-    assert result.outcome is Outcome.EXITED, result
-    assert result.exit_status == 0, result.stderr
+@functools.cache
+def load(out: Path, names: tuple[str, ...]) -> Run:
     witness = json.loads((out / "witness.json").read_text())
-    assert witness["status"] == 0, result.stderr
-    files = {name: out / f"{name}.ksmt" for name in RECORDERS[series]}
-    return Run({name: gather(RecordingReader(path)) for name, path in files.items()}, witness)
+    return Run({name: gather(RecordingReader(out / f"{name}.ksmt")) for name in names}, witness)
 
 
 def rungs(recorded: Recorded) -> dict[str, str]:
@@ -94,7 +79,10 @@ def last(recorded: Recorded) -> Any:
 def test_every_call_is_seen(series: str, name: str, run: Run) -> None:
     recorded, calls = run.recorded[name], run.witness["calls"]
 
-    assert recorded.why_incomplete() == []
+    # A program that other tasks run too may be left out while it runs on the same CPU; whether one
+    # of KSM's was, the counts below say.
+    reasons = recorded.why_incomplete()
+    assert all("left out the program" in reason for reason in reasons), reasons
     assert recorded.trailer is not None
     assert recorded.trailer.command_exit_status == 0
     for function, kind in ONE_EVENT_PER_CALL.items():

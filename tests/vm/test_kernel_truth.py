@@ -60,7 +60,10 @@ def test_both_witnesses_agree_on_every_page(
     assert merged["kinds"] == {"CHAIN": CONTENTS, "DUP": CONTENTS * 44}
     assert merged["longest"] == LIMIT
     assert merged["frames"]
-    assert merged["nr_ksm_pages"] == (3 * MERGED if trusted else 0)
+    # Where KPF_KSM cannot be trusted, the two pages of a dup may be no more than possible ones.
+    assert merged["nr_told_wrongly"] == 0
+    assert merged["nr_ksm_pages"] + merged["nr_not_told"] == 3 * MERGED
+    assert merged["nr_not_told"] <= (0 if trusted else 2 * CONTENTS)
 
     # The pages that were in memory taken out have moved, and their nodes with them.
     assert phases["nr_offline"] == hotplug_bytes >> 27
@@ -96,8 +99,9 @@ def test_both_witnesses_agree_on_every_page(
         assert scanned["longest"] > LIMIT, "the pages of a fork bypass max_page_sharing"
         assert scanned["stale"] == 0
         assert scanned["exited"] == 0
-        # Where KPF_KSM cannot be trusted, pages that fork shares are candidates too.
-        assert scanned["frames"] is trusted
+        # Where KPF_KSM cannot be trusted, pages that fork shares may be candidates too.
+        assert scanned["frames"] or not trusted
+        assert scanned["nr_told_wrongly"] == 0
 
     assert phases["scanning"]["longest_s"] < 30
     assert set(phases["scanning"]["attempts"]) <= {1, 2, 3}

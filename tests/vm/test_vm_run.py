@@ -48,12 +48,22 @@ def test_a_command_in_a_guest(kernel_of, series: str, tmp_path: Path) -> None:
     assert not Path("/etc/ksmtrace-vm-test").exists()
 
 
-def test_ksmtrace_records_in_a_guest(kernel_of, tmp_path: Path) -> None:
+# Wrong under QEMU 7.2's emulation of AVX2, and every verdict that follows an address with it.
+SORTS = """
+import numpy as np
+for n in (10, 64, 1009):
+    keys = np.arange(n) * 7919 % 1013
+    assert (keys[np.argsort(keys)] == np.sort(keys)).all(), n
+"""
+
+
+def test_ksmtrace_records_in_a_guest_and_numpy_sorts_there(kernel_of, tmp_path: Path) -> None:
     kernel = kernel_of("6.12")
     recording = tmp_path / "x.ksmt"
     program = str(Path(sys.executable).with_name("ksmtrace"))
+    script = '"$1" -c "$2" && exec "$3" record -d 2 -o "$4" --json'
     result = run_in_vm(
-        [program, "record", "-d", "2", "-o", str(recording), "--json"],
+        ["sh", "-c", script, "sh", sys.executable, SORTS, program, str(recording)],
         kernel,
         VmOptions(writable=[tmp_path]),
         capture=True,
