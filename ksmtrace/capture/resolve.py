@@ -88,7 +88,7 @@ def resolve(vmlinux: Path, confirmed: Collection[str] = CONFIRMED_FUNCTIONS) -> 
 
     Raises:
         UsageError: the file is no such thing.
-        BackendUnavailable: perf, pyelftools or capstone is missing or failed.
+        BackendUnavailable: perf or pyelftools is missing or failed.
     """
     perf = shutil.which("perf")
     if perf is None:
@@ -321,7 +321,9 @@ class _Unit:
     def calls(self) -> Iterator[Call]:
         """Every direct call in a function that another of mm/ksm.c was inlined into."""
         lines = self._lines()
-        capstone = _import("capstone", "capstone")
+        # Only where it is needed: it takes a tenth of a second to import.
+        import capstone
+
         decoder = capstone.Cs(capstone.CS_ARCH_X86, capstone.CS_MODE_64)
         for symbol, scopes in sorted(self._trees, key=lambda tree: tree[0]):
             if not any(scope.is_of_unit for scope in scopes[1:]):

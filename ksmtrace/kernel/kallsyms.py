@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,6 +121,30 @@ def _find(content: bytes, name: str, path: str) -> list[int]:
     return found
 
 
+def read_text(root: Path = ROOT) -> Mapping[str, tuple[int, ...]]:
+    """Read every function's addresses; 0 for each where the kernel hides them.
+
+    Raises:
+        KernelInterfaceError: /proc/kallsyms is absent or unreadable.
+    """
+    found: dict[str, list[int]] = {}
+    for address, name in _iter_text(root):
+        found.setdefault(name, []).append(address)
+    return {name: tuple(addresses) for name, addresses in found.items()}
+
+
+# Of data there may be any amount between two functions: only text has names for us.
+def _iter_text(root: Path) -> Iterator[tuple[int, str]]:
+    path = f"{root}/proc/kallsyms"
+    content = read_file(path)
+    if not content:
+        raise KernelInterfaceError(f"there is no {path}", "boot a kernel with CONFIG_KALLSYMS=y")
+    for line in content.splitlines():
+        fields = line.split(None, 3)
+        if len(fields) >= 3 and fields[1] in b"tTwW":
+            yield int(fields[0], 16), fields[2].decode(errors="replace")
+
+
 class Symbolizer:
     """Names for addresses in the kernel's text, of the running kernel as it is now.
 
@@ -132,19 +156,7 @@ class Symbolizer:
     """
 
     def __init__(self, root: Path = ROOT) -> None:
-        path = f"{root}/proc/kallsyms"
-        content = read_file(path)
-        if not content:
-            raise KernelInterfaceError(
-                f"there is no {path}", "boot a kernel with CONFIG_KALLSYMS=y"
-            )
-        lines = (line.split(None, 3) for line in content.splitlines())
-        # Of data there may be any amount between two functions: only text has names for us.
-        named = sorted(
-            (int(line[0], 16), line[2].decode(errors="replace"))
-            for line in lines
-            if len(line) >= 3 and line[1] in b"tTwW"
-        )
+        named = sorted(_iter_text(root))
         self._addresses = [address for address, _ in named]
         self._names = [name for _, name in named]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import bisect
 import errno
-import mmap
 import os
 import struct
 import sys
@@ -17,39 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import numpy as np
-import numpy.typing as npt
-
 from ksmtrace.errors import KernelFeatureMissing, KernelInterfaceError, PrivilegeMissing
 from ksmtrace.kernel.files import ROOT
+from ksmtrace.kernel.memory import PAGE_BYTES, KernelMemory, UnmappedAddress
 
 PATH = "proc/kcore"
-
-WORD_BYTES = 8
-
-Words = npt.NDArray[np.uint64]
 
 _ELF_HEADER = struct.Struct("=16sHHIQQQIHHHHHH")
 _PROGRAM_HEADER = struct.Struct("=IIQQQQQQ")
 _IDENT = b"\x7fELF\x02" + (b"\x01" if sys.byteorder == "little" else b"\x02")
 _ET_CORE, _PT_LOAD = 4, 1
-_PAGE_BYTES = mmap.PAGESIZE
-_PAGE_WORDS = _PAGE_BYTES // WORD_BYTES
-
-# A read copies page by page through a buffer in the kernel; longer ones save nothing more.
-_RUN_PAGES = 256
-
-
-class UnmappedAddress(KernelInterfaceError):
-    """An address that no range of the core file has: no kernel pointer, or no longer one.
-
-    Attributes:
-        address: the address.
-    """
-
-    def __init__(self, address: int, path: str) -> None:
-        super().__init__(f"{path} has no address {address:#x}")
-        self.address = address
 
 
 @dataclass(frozen=True, order=True)
@@ -105,24 +81,22 @@ def _parse_header(header: bytes, path: str) -> tuple[int, int, int]:
     return offset, entry_bytes, count
 
 
-class Kcore:
+class Kcore(KernelMemory):
     """An open /proc/kcore.
 
-    Every page is read once and kept until :meth:`forget`, so that pointers are followed at the
-    price of a dict lookup. Kernel memory is read without any lock: pages read one after another
-    need not fit together, and of a range's pages that are not mapped or not RAM (offline, poisoned)
-    the kernel makes zeros (fs/proc/kcore.c:read_kcore, read_kcore_iter).
+    Of a range's pages that are not mapped or not RAM (offline, poisoned) the kernel makes zeros
+    (fs/proc/kcore.c:read_kcore, read_kcore_iter).
 
     Attributes:
         segments: the mapped ranges, by address.
     """
 
     def __init__(self, path: str) -> None:
+        super().__init__()
+        self.source = path
         self.segments: tuple[Segment, ...] = ()
-        self._path = path
         self._fd = -1
         self._starts: list[int] = []
-        self._pages: dict[int, memoryview] = {}
         self._attach()
 
     @classmethod
@@ -139,7 +113,7 @@ class Kcore:
     # Which ranges there are is settled at the opening (fs/proc/kcore.c:open_kcore).
     def _attach(self) -> None:
         self.close()
-        path = self._path
+        path = self.source
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             header = os.pread(self._fd, _ELF_HEADER.size, 0)
@@ -154,138 +128,41 @@ class Kcore:
             raise
         self._starts = [segment.start for segment in self.segments]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Close the file; what was read stays readable."""
+        """Close the file."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
     def forget(self) -> None:
-        """Drop every page, so that the next read sees the memory as it is then.
-
-        Memory that was added or taken out meanwhile changes the ranges, too.
+        """As in :class:`KernelMemory`; memory that came or went meanwhile changes the ranges, too.
 
         Raises:
             CannotRun: as :meth:`open`.
         """
-        self._pages.clear()
+        super().forget()
         self._attach()
 
-    @property
-    def nr_pages(self) -> int:
-        """Count the pages that were read since the last :meth:`forget`."""
-        return len(self._pages)
-
-    def word(self, address: int) -> int:
-        """Read one unsigned 64-bit word.
-
-        Args:
-            address: a multiple of 8.
-
-        Raises:
-            UnmappedAddress: no range has it, or it is not aligned (and so no pointer to one).
-            KernelInterfaceError: reading failed.
-        """
-        page = self._pages.get(address // _PAGE_BYTES)
-        if page is None:
-            page = self._load(address // _PAGE_BYTES, 1)
-        if address % WORD_BYTES:
-            raise UnmappedAddress(address, self._path)
-        word: int = page[address % _PAGE_BYTES // WORD_BYTES]
-        return word
-
-    def content(self, address: int, nr_bytes: int) -> bytes:
-        """Read bytes at any address.
-
-        Raises:
-            UnmappedAddress: no range has one of them.
-            KernelInterfaceError: reading failed.
-        """
-        at = address % WORD_BYTES
-        words = [
-            self.word(position).to_bytes(WORD_BYTES, sys.byteorder)
-            for position in range(address - at, address + nr_bytes, WORD_BYTES)
-        ]
-        return b"".join(words)[at : at + nr_bytes]
-
-    def integer(self, address: int, nr_bytes: int, signed: bool = False) -> int:
-        """Read an integer in the machine's byte order.
-
-        Raises:
-            UnmappedAddress: no range has it.
-            KernelInterfaceError: reading failed.
-        """
-        return int.from_bytes(self.content(address, nr_bytes), sys.byteorder, signed=signed)
-
-    def words(self, addresses: Words, nr_words: int) -> Words:
-        """Read structures at many addresses.
-
-        Args:
-            addresses: multiples of 8, shape (n,), in any order.
-            nr_words: length of each, in words of 8 bytes.
-
-        Returns:
-            Shape (n, nr_words): row i has the words from ``addresses[i]`` on.
-
-        Raises:
-            UnmappedAddress: no range has one of them.
-            KernelInterfaceError: reading failed.
-        """
-        if len(addresses) == 0:
-            return np.zeros((0, nr_words), np.uint64)
-        if (addresses % np.uint64(WORD_BYTES)).any():
-            odd = addresses[addresses % np.uint64(WORD_BYTES) != 0][0]
-            raise UnmappedAddress(int(odd), self._path)
-        steps = np.arange(nr_words, dtype=np.uint64)
-        wanted = addresses[:, None] // np.uint64(WORD_BYTES) + steps
-        numbers, positions = np.unique(wanted // np.uint64(_PAGE_WORDS), return_inverse=True)
-        self._load_missing(numbers)
-        content = b"".join([self._pages[number] for number in numbers.tolist()])
-        within = (wanted % np.uint64(_PAGE_WORDS)).astype(np.intp)
-        places = positions.reshape(wanted.shape) * _PAGE_WORDS + within
-        found: Words = np.frombuffer(content, np.uint64)[places]
-        return found
-
-    def _load_missing(self, numbers: Words) -> None:
-        missing = [number for number in numbers.tolist() if number not in self._pages]
-        first = 0
-        for index in range(1, len(missing) + 1):
-            if (
-                index == len(missing)
-                or missing[index] != missing[index - 1] + 1
-                or index - first == _RUN_PAGES
-            ):
-                self._load(missing[first], index - first)
-                first = index
-
-    # Reads a run of pages, as far as one range has them, and returns the first one.
-    def _load(self, number: int, count: int) -> memoryview:
-        start = number * _PAGE_BYTES
-        end = start + count * _PAGE_BYTES
+    def load(self, number: int, count: int) -> None:
+        """Read a run of pages, each of the range that has it."""
+        start = number * PAGE_BYTES
+        end = start + count * PAGE_BYTES
         at = start
         while at < end:
             segment = self._segment(at)
             # A range may begin or end within a page; what is outside of it reads as zeros.
             low, high = max(at, segment.start), min(end, segment.end)
             content = self._read(low, high - low, segment)
-            padded = bytes(low - at) + content + bytes(-high % _PAGE_BYTES)
-            for offset in range(0, len(padded), _PAGE_BYTES):
-                page = memoryview(padded[offset : offset + _PAGE_BYTES]).cast("Q")
-                self._pages[(at + offset) // _PAGE_BYTES] = page
+            padded = bytes(low - at) + content + bytes(-high % PAGE_BYTES)
+            for offset in range(0, len(padded), PAGE_BYTES):
+                self.keep((at + offset) // PAGE_BYTES, padded[offset : offset + PAGE_BYTES])
             at += len(padded)
-        return self._pages[number]
 
     # The range that has a part of the page at this address.
     def _segment(self, page_address: int) -> Segment:
-        index = bisect.bisect_left(self._starts, page_address + _PAGE_BYTES) - 1
+        index = bisect.bisect_left(self._starts, page_address + PAGE_BYTES) - 1
         if index < 0 or self.segments[index].end <= page_address:
-            raise UnmappedAddress(page_address, self._path)
+            raise UnmappedAddress(page_address, self.source)
         return self.segments[index]
 
     def _read(self, address: int, nr_bytes: int, segment: Segment) -> bytes:
@@ -293,10 +170,10 @@ class Kcore:
             content = _read_fully(self._fd, nr_bytes, segment.file_offset + address - segment.start)
         except OSError as error:
             if error.errno == errno.EFAULT:
-                raise UnmappedAddress(address, self._path) from error
-            raise _refusal(self._path, error) from error
+                raise UnmappedAddress(address, self.source) from error
+            raise _refusal(self.source, error) from error
         if len(content) != nr_bytes:
-            raise KernelInterfaceError(f"{self._path} ends before address {address + nr_bytes:#x}")
+            raise KernelInterfaceError(f"{self.source} ends before address {address + nr_bytes:#x}")
         return content
 
 

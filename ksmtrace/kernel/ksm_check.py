@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ksmtrace.kernel.kcore import WORD_BYTES
 from ksmtrace.kernel.ksm_memory import (
     SEQNR_MASK,
     STABLE_FLAG,
@@ -17,6 +16,7 @@ from ksmtrace.kernel.ksm_memory import (
     NodeKind,
     index_of,
 )
+from ksmtrace.kernel.memory import WORD_BYTES
 
 
 def check_ksm_memory(memory: KsmMemory) -> list[str]:

@@ -1,8 +1,8 @@
 """The structures of mm/ksm.c as they are in the kernel's memory: trees, rmap_items, mm slots.
 
-The "kernel truth": read through /proc/kcore, with addresses from /proc/kallsyms and offsets from
-BTF, without any lock and without a program in the kernel. What is found is told as it stands;
-:mod:`ksmtrace.kernel.ksm_check` says where it contradicts itself.
+The "kernel truth": read through /proc/kcore, else by a BPF program; with addresses from
+/proc/kallsyms, else from the code of mm/ksm.c itself; with offsets from BTF; without any lock. What
+is found is told as it stands; :mod:`ksmtrace.kernel.ksm_check` says where it contradicts itself.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ksmtrace.errors import KernelFeatureMissing, KernelInterfaceError, PrivilegeMissing
+from ksmtrace.errors import CannotRun, KernelFeatureMissing, KernelInterfaceError, PrivilegeMissing
+from ksmtrace.kernel.bpf_memory import BpfMemory
 from ksmtrace.kernel.btf import Btf
 from ksmtrace.kernel.files import ROOT
-from ksmtrace.kernel.kallsyms import Symbols, read_symbols
-from ksmtrace.kernel.kcore import WORD_BYTES, Kcore, UnmappedAddress
+from ksmtrace.kernel.kallsyms import read_symbols
+from ksmtrace.kernel.kcore import Kcore
+from ksmtrace.kernel.ksm_code import find_variables
 from ksmtrace.kernel.ksm_layout import COUNTERS, SYMBOLS, Layout, missing_symbols, read_layout
+from ksmtrace.kernel.memory import WORD_BYTES, KernelMemory, UnmappedAddress
 
 SEQNR_MASK = 0x0FF
 UNSTABLE_FLAG = 0x100
@@ -238,14 +241,17 @@ class KsmMemory:
 
 
 class KsmMemoryReader:
-    """Reads the structures of mm/ksm.c, again and again: symbols and offsets are looked up once."""
+    """Reads the structures of mm/ksm.c, again and again: symbols and offsets are looked up once.
 
-    def __init__(self, kcore: Kcore, symbols: Symbols, layout: Layout) -> None:
-        self.kcore = kcore
+    Attributes:
+        memory: the kernel's.
+        addresses: of mm/ksm.c's variables, by name.
+    """
+
+    def __init__(self, memory: KernelMemory, addresses: Mapping[str, int], layout: Layout) -> None:
+        self.memory = memory
         self._layout = layout
-        self._addresses = {
-            name: address for name in SYMBOLS if (address := symbols.address(name)) is not None
-        }
+        self.addresses = addresses
 
     @classmethod
     def open(cls, root: Path = ROOT) -> KsmMemoryReader:
@@ -259,19 +265,23 @@ class KsmMemoryReader:
         symbols = read_symbols(SYMBOLS, root)
         missing = missing_symbols(symbols)
         try:
-            kcore = Kcore.open(root)
+            memory = _open_memory(root)
         except (KernelFeatureMissing, PrivilegeMissing) as error:
-            if missing is None:
-                raise
-            # Both have to be mended: said in one go.
-            both = type(error) if type(missing) is type(error) else KernelFeatureMissing
-            raise both(f"{missing}; and {error}", f"{missing.hint}; and {error.hint}") from error
+            # Both have to be mended, unless the code would do: said in one go.
+            if missing is not None and (symbols.hidden or symbols.objects_listed):
+                raise _both(missing, error) from error
+            raise
         try:
-            if missing is not None:
+            if missing is not None and symbols.hidden:
                 raise missing
-            return cls(kcore, symbols, read_layout(Btf.read(root)))
+            layout = read_layout(Btf.read(root))
+            if missing is not None:
+                return cls(memory, _find_in_code(missing, memory, layout, root), layout)
+            known = ((name, symbols.address(name)) for name in SYMBOLS)
+            addresses = {name: address for name, address in known if address is not None}
+            return cls(memory, addresses, layout)
         except BaseException:
-            kcore.close()
+            memory.close()
             raise
 
     def __enter__(self) -> KsmMemoryReader:
@@ -282,7 +292,7 @@ class KsmMemoryReader:
 
     def close(self) -> None:
         """Close the kernel's memory."""
-        self.kcore.close()
+        self.memory.close()
 
     def read(self, attempts: int = ATTEMPTS, pause_s: float = 0.0) -> KsmMemory:
         """Read everything, anew where the kernel changed meanwhile.
@@ -303,9 +313,9 @@ class KsmMemoryReader:
         for attempt in range(1, attempts + 1):
             if attempt > 1:
                 time.sleep(pause_s)
-            self.kcore.forget()
+            self.memory.forget()
             try:
-                memory = _Walk(self.kcore, self._layout, self._addresses).run(attempt)
+                memory = _Walk(self.memory, self._layout, self.addresses).run(attempt)
             except UnmappedAddress as error:
                 lost = error
                 continue
@@ -317,6 +327,34 @@ class KsmMemoryReader:
                 "stop ksmd first: echo 0 >/sys/kernel/mm/ksm/run",
             )
         return memory
+
+
+# A program reads the running kernel's memory only, and no copy of files.
+def _open_memory(root: Path) -> KernelMemory:
+    try:
+        return Kcore.open(root)
+    except (KernelFeatureMissing, PrivilegeMissing) as error:
+        if root != ROOT:
+            raise
+        try:
+            return BpfMemory.open()
+        except CannotRun as other:
+            raise _both(error, other) from other
+
+
+def _find_in_code(
+    missing: CannotRun, memory: KernelMemory, layout: Layout, root: Path
+) -> Mapping[str, int]:
+    try:
+        return find_variables(memory, layout, root)
+    except KernelFeatureMissing as error:
+        raise _both(missing, error) from error
+
+
+def _both(one: CannotRun, other: CannotRun) -> CannotRun:
+    kind = type(one) if type(one) is type(other) else KernelFeatureMissing
+    hints = dict.fromkeys(hint for hint in (one.hint, other.hint) if hint)
+    return kind(f"{one}; and {other}", "; and ".join(hints))
 
 
 def read_ksm_memory(root: Path = ROOT) -> KsmMemory:
@@ -355,8 +393,8 @@ class _Walk:
     # One reading. Follows pointers within pages that are each read once, so that lists that change
     # meanwhile are finite; what leads in circles or nowhere is noted and left.
 
-    def __init__(self, kcore: Kcore, layout: Layout, addresses: Mapping[str, int]) -> None:
-        self.kcore = kcore
+    def __init__(self, memory: KernelMemory, layout: Layout, addresses: Mapping[str, int]) -> None:
+        self.memory = memory
         self.layout = layout
         self.addresses = addresses
         self.torn: list[str] = []
@@ -371,7 +409,7 @@ class _Walk:
         stable_nodes, sharers = self.stable_nodes(counters["ksm_nr_node_ids"] or 1)
         unstable_nodes = self.unstable_nodes(counters["ksm_nr_node_ids"] or 1, rmap_items)
 
-        self.kcore.forget()
+        self.memory.forget()
         before = _state(counters, cursor, slots)
         after = _state(self.counters(), self.cursor(), self.slots())
         for array in (stable_nodes, sharers, rmap_items, unstable_nodes, mm_slots):
@@ -394,7 +432,7 @@ class _Walk:
 
     def counters(self) -> dict[str, int | None]:
         return {
-            counter.symbol: self.kcore.integer(
+            counter.symbol: self.memory.integer(
                 self.addresses[counter.symbol], counter.nr_bytes, counter.signed
             )
             if counter.symbol in self.addresses
@@ -405,7 +443,7 @@ class _Walk:
     def cursor(self) -> ScanCursor:
         at = self.addresses["ksm_scan"]
         mm_slot, address, rmap_list, seqnr = (
-            self.kcore.word(at + self.layout[f"ksm_scan.{member}"])
+            self.memory.word(at + self.layout[f"ksm_scan.{member}"])
             for member in ("mm_slot", "address", "rmap_list", "seqnr")
         )
         at_head = mm_slot == self.addresses["ksm_mm_head"]
@@ -415,7 +453,7 @@ class _Walk:
     def chase(self, first: int, next_offset: int, end: int, what: str) -> list[int]:
         found: dict[int, None] = {}
         at = first
-        word = self.kcore.word
+        word = self.memory.word
         while at != end:
             if at in found or len(found) >= self.limit:
                 self.torn.append(f"{what} goes in circles at {at:#x}")
@@ -431,17 +469,17 @@ class _Walk:
 
     def list_links(self, head: int, what: str) -> list[int]:
         following = self.layout["list_head.next"]
-        return self.chase(self.kcore.word(head + following), following, head, what)
+        return self.chase(self.memory.word(head + following), following, head, what)
 
     def hlist_links(self, head: int, what: str) -> list[int]:
-        first = self.kcore.word(head + self.layout["hlist_head.first"])
+        first = self.memory.word(head + self.layout["hlist_head.first"])
         return self.chase(first, self.layout["hlist_node.next"], 0, what)
 
     # The rb_nodes of a tree, parents first. A node that is not among the known ones is left.
     def tree_nodes(self, root: int, what: str, known: set[int] | None = None) -> list[int]:
         found: dict[int, None] = {}
         left, right = self.layout["rb_node.rb_left"], self.layout["rb_node.rb_right"]
-        pending = [self.kcore.word(root + self.layout["rb_root.rb_node"])]
+        pending = [self.memory.word(root + self.layout["rb_root.rb_node"])]
         while pending:
             at = pending.pop()
             if at == 0:
@@ -453,7 +491,7 @@ class _Walk:
                 self.torn.append(f"{what} goes in circles at {at:#x}")
                 break
             try:
-                children = self.kcore.word(at + right), self.kcore.word(at + left)
+                children = self.memory.word(at + right), self.memory.word(at + left)
             except UnmappedAddress:
                 self.torn.append(f"{what} leads to {at:#x}, which is no kernel memory")
                 continue
@@ -463,7 +501,7 @@ class _Walk:
 
     # The roots of all trees: their index and their address.
     def roots(self, symbol: str, nr_node_ids: int) -> Iterator[tuple[int, int]]:
-        array = self.kcore.word(self.addresses[symbol])
+        array = self.memory.word(self.addresses[symbol])
         for index in range(max(nr_node_ids, 1)):
             yield index, array + index * WORD_BYTES
 
@@ -478,15 +516,15 @@ class _Walk:
         mm_slots = np.zeros(len(slots), MM_SLOT_DTYPE)
         addresses: list[int] = []
         for row, slot in zip(mm_slots, slots, strict=True):
-            first = self.kcore.word(slot + layout["mm_slot.rmap_list"])
+            first = self.memory.word(slot + layout["mm_slot.rmap_list"])
             items = self.chase(first, following, 0, f"rmap_list of mm_slot {slot:#x}")
             addresses.extend(items)
             row["mm_slot"] = slot
-            row["mm"] = self.kcore.word(slot + layout["mm_slot.mm"])
+            row["mm"] = self.memory.word(slot + layout["mm_slot.mm"])
             row["nr_rmap_items"] = len(items)
             self.describe_mm(row)
 
-        rows = self.kcore.words(
+        rows = self.memory.words(
             np.array(addresses, np.uint64), layout.rmap_item_bytes // WORD_BYTES
         )
         found = np.zeros(len(rows), RMAP_ITEM_DTYPE)
@@ -527,16 +565,16 @@ class _Walk:
         offsets, mm = self.layout.offsets, int(row["mm"])
         row["pid"] = row["ksm_merging_pages"] = row["ksm_rmap_items"] = -1
         try:
-            row["mm_users"] = self.kcore.integer(mm + self.layout["mm_struct.mm_users"], 4, True)
+            row["mm_users"] = self.memory.integer(mm + self.layout["mm_struct.mm_users"], 4, True)
             for member in ("ksm_merging_pages", "ksm_rmap_items"):
                 offset = offsets[f"mm_struct.{member}"]
                 if offset is not None:
-                    row[member] = self.kcore.integer(mm + offset, 8, True)
+                    row[member] = self.memory.integer(mm + offset, 8, True)
             owner_offset = offsets["mm_struct.owner"]
-            owner = 0 if owner_offset is None else self.kcore.word(mm + owner_offset)
+            owner = 0 if owner_offset is None else self.memory.word(mm + owner_offset)
             if owner:
-                row["pid"] = self.kcore.integer(owner + self.layout["task_struct.tgid"], 4, True)
-                comm = self.kcore.content(owner + self.layout["task_struct.comm"], 16)
+                row["pid"] = self.memory.integer(owner + self.layout["task_struct.tgid"], 4, True)
+                comm = self.memory.content(owner + self.layout["task_struct.comm"], 16)
                 row["comm"] = comm.partition(b"\0")[0]
         except UnmappedAddress as error:
             self.torn.append(f"mm {mm:#x} leads to {error.address:#x}, which is no kernel memory")
@@ -548,7 +586,7 @@ class _Walk:
         for index, root in self.roots("root_stable_tree", nr_node_ids):
             for at in self.tree_nodes(root, f"stable tree {index}"):
                 node = at - layout["stable_node.node"]
-                if self.kcore.integer(node + length, 4, True) != STABLE_NODE_CHAIN:
+                if self.memory.integer(node + length, 4, True) != STABLE_NODE_CHAIN:
                     linked.append((node, NodeKind.PLAIN, 0, index))
                     continue
                 linked.append((node, NodeKind.CHAIN, 0, index))
@@ -565,7 +603,7 @@ class _Walk:
             ("stable_node", "kind", "chain", "root"), zip(*linked, strict=True), strict=False
         ):
             found[member] = values
-        rows = self.kcore.words(found["stable_node"], layout.stable_node_bytes // WORD_BYTES)
+        rows = self.memory.words(found["stable_node"], layout.stable_node_bytes // WORD_BYTES)
         is_chain = found["kind"] == NodeKind.CHAIN
         found["kpfn"] = np.where(is_chain, 0, self.column(rows, "stable_node.kpfn", "u8"))
         found["nid"] = np.where(is_chain, -1, self.column(rows, "stable_node.nid", "i4"))
@@ -586,13 +624,13 @@ class _Walk:
         found = np.full(len(nodes), -1, np.int8)
         if "vmemmap_base" not in self.addresses or mapping is None:
             return found
-        base = self.kcore.word(self.addresses["vmemmap_base"]) + mapping
+        base = self.memory.word(self.addresses["vmemmap_base"]) + mapping
         pages = zip(nodes["stable_node"].tolist(), nodes["kpfn"].tolist(), strict=True)
         for index, (node, kpfn) in enumerate(pages):
             if nodes["kind"][index] == NodeKind.CHAIN:
                 continue
             try:
-                value = self.kcore.word(base + kpfn * self.layout.page_bytes)
+                value = self.memory.word(base + kpfn * self.layout.page_bytes)
             except UnmappedAddress:  # memory that was taken out
                 value = 0
             found[index] = value == node | PAGE_MAPPING_KSM

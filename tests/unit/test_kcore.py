@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ksmtrace.errors import KernelFeatureMissing, KernelInterfaceError, PrivilegeMissing
-from ksmtrace.kernel.kcore import Kcore, Segment, UnmappedAddress, parse_segments
+from ksmtrace.kernel.kcore import Kcore, Segment, parse_segments
+from ksmtrace.kernel.memory import UnmappedAddress
 
 PAGE = 4096
 DIRECT, TEXT = 0xFFFF_8880_0000_1000, 0xFFFF_FFFF_8100_0000

@@ -10,8 +10,6 @@ import pytest
 from ksmtrace.errors import KernelFeatureMissing, PrivilegeMissing
 from ksmtrace.kernel import kallsyms
 from ksmtrace.kernel.btf import Btf
-from ksmtrace.kernel.files import ROOT
-from ksmtrace.kernel.kallsyms import read_symbols
 from ksmtrace.kernel.kcore import Kcore
 from ksmtrace.kernel.ksm_check import check_ksm_memory
 from ksmtrace.kernel.ksm_layout import MEMBERS, OPTIONAL_MEMBERS, read_layout
@@ -25,7 +23,7 @@ from ksmtrace.kernel.ksm_memory import (
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-KERNELS = ("5.10", "7.x")
+KERNELS = ("5.10", "6.18h", "7.x")
 
 
 @pytest.fixture(scope="module", params=KERNELS)
@@ -88,9 +86,10 @@ def test_members_that_this_kernel_does_not_have_are_not_0(tree, memory):
         assert (memory.mm_slots["ksm_merging_pages"] == -1).all()
         assert memory.counters["ksm_zero_pages"] is None
     else:
-        # A STABLE rmap_item has linear_page_index in their place.
-        assert (items["age"][stable] == -1).all()
-        assert (items["oldchecksum"][stable] == -1).all()
+        if tree.name == "7.x":
+            # A STABLE rmap_item has linear_page_index in their place.
+            assert (items["age"][stable] == -1).all()
+            assert (items["oldchecksum"][stable] == -1).all()
         # Without smart_scan ages do not grow.
         assert (items["age"][~stable] == 0).all()
         assert (items["oldchecksum"][~stable] > 0).all()
@@ -263,19 +262,15 @@ class Disturbed(Kcore):
 def reader(tree):
     with KsmMemoryReader.open(tree) as reader:
         kcore = Disturbed.open(tree)
-        reader.kcore.close()
-        reader.kcore = kcore
+        reader.memory.close()
+        reader.memory = kcore
         yield reader
-
-
-def address_of(tree, name):
-    return read_symbols([name], tree).address(name)
 
 
 @pytest.mark.parametrize("value", [0xDEAD_0000_0000_0122, 0x8, 0xFFFF_FFFF_FFFF_FFF8])
 def test_a_poisoned_pointer_ends_its_list_and_is_told(reader, memory, value):
     item = int(memory.rmap_items["rmap_item"][20])
-    reader.kcore.pokes = ((item, value),)
+    reader.memory.pokes = ((item, value),)
     torn = reader.read()
 
     assert not torn.consistent
@@ -287,7 +282,7 @@ def test_a_poisoned_pointer_ends_its_list_and_is_told(reader, memory, value):
 
 def test_a_list_in_circles_ends(reader, memory):
     items = memory.rmap_items["rmap_item"]
-    reader.kcore.pokes = ((int(items[20]), int(items[17])),)
+    reader.memory.pokes = ((int(items[20]), int(items[17])),)
     torn = reader.read()
 
     assert len(torn.rmap_items) == 21
@@ -298,14 +293,14 @@ def test_a_tree_in_circles_ends(reader, tree, memory):
     layout = read_layout(Btf.read(tree))
     chains = memory.stable_nodes[memory.stable_nodes["kind"] == NodeKind.CHAIN]
     root = int(chains["stable_node"][0])
-    reader.kcore.pokes = ((root + layout["rb_node.rb_left"], root),)
+    reader.memory.pokes = ((root + layout["rb_node.rb_left"], root),)
 
     assert "stable tree 0 goes in circles" in reader.read().torn[0]
 
 
 def test_what_moves_meanwhile_is_told_and_read_again(reader, tree):
     layout = read_layout(Btf.read(tree))
-    seqnr = address_of(tree, "ksm_scan") + layout["ksm_scan.seqnr"]
+    seqnr = reader.addresses["ksm_scan"] + layout["ksm_scan.seqnr"]
     readings = iter(range(1, 100))
 
     class Moving(Disturbed):
@@ -316,14 +311,14 @@ def test_what_moves_meanwhile_is_told_and_read_again(reader, tree):
             self.word(seqnr)
             poke(self, seqnr, 5000 + min(now, 3))
 
-    reader.kcore.__class__ = Moving
+    reader.memory.__class__ = Moving
     settled = reader.read()
     assert settled.consistent
     assert settled.attempts == 2
     assert settled.cursor.seqnr == 5003
 
     readings = iter(range(1, 100))
-    reader.kcore.forget()
+    reader.memory.forget()
     restless = reader.read(attempts=1)
     assert restless.changed == ("ksm_scan.seqnr",)
 
@@ -331,7 +326,7 @@ def test_what_moves_meanwhile_is_told_and_read_again(reader, tree):
 def test_a_root_of_the_unstable_tree_that_leads_to_freed_memory(reader, memory):
     # As run=2 leaves it: no rmap_item is UNSTABLE, and the root is not reset.
     unstable = memory.rmap_items[memory.rmap_items["state"] == ItemState.UNSTABLE]
-    reader.kcore.pokes = tuple(
+    reader.memory.pokes = tuple(
         (int(item["rmap_item"]) + 24, int(item["address"])) for item in unstable
     )
     found = reader.read()
@@ -342,14 +337,12 @@ def test_a_root_of_the_unstable_tree_that_leads_to_freed_memory(reader, memory):
     assert check_ksm_memory(found) == ["ksm_pages_unshared is 7, and 0 are found"]
 
 
-def test_a_kernel_that_lists_no_data_objects_and_has_no_kcore():
+def test_a_kernel_that_has_no_kcore():
     with pytest.raises(KernelFeatureMissing) as raised:
         read_ksm_memory(GOLDEN / "trees/6.18h")
 
-    assert "lists no data objects" in str(raised.value)
     assert "proc/kcore" in str(raised.value)
     assert "\n" not in f"{raised.value}{raised.value.hint}"
-    assert "CONFIG_KALLSYMS_ALL=y" in raised.value.hint
     assert "CONFIG_PROC_KCORE=y" in raised.value.hint
 
 
@@ -373,13 +366,3 @@ def test_hidden_addresses(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(PrivilegeMissing, match=r"hides addresses .* and .* EACCES"):
         read_ksm_memory(tmp_path)
-
-
-@pytest.mark.skipif(
-    (ROOT / "proc/kcore").exists(), reason="this kernel's memory can be read, see tests/vm"
-)
-def test_this_kernel_says_in_one_line_why_not():
-    with pytest.raises((KernelFeatureMissing, PrivilegeMissing)) as raised:
-        read_ksm_memory()
-    assert "\n" not in str(raised.value)
-    assert raised.value.hint

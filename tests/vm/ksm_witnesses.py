@@ -16,7 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ksmtrace.kernel.bpf_memory import BpfMemory
+from ksmtrace.kernel.btf import Btf
 from ksmtrace.kernel.ksm_check import check_ksm_memory
+from ksmtrace.kernel.ksm_code import find_variables
+from ksmtrace.kernel.ksm_layout import read_layout
 from ksmtrace.kernel.ksm_memory import ItemState, KsmMemoryReader, NodeKind
 from ksmtrace.kernel.page_truth import read_page_truth
 from ksmtrace.kernel.pages import probe_kpf_ksm
@@ -121,7 +125,7 @@ def scan_until_quiescent() -> None:
 def compare(reader: KsmMemoryReader) -> dict[str, object]:
     started = time.monotonic()
     memory = reader.read()
-    nr_ranges = len(reader.kcore.segments)
+    nr_ranges = len(reader.memory.segments)
     read = time.monotonic()
     pages = read_page_truth(kpf_ksm=KPF)
     paged = time.monotonic()
@@ -173,6 +177,29 @@ def compare(reader: KsmMemoryReader) -> dict[str, object]:
         ),
         "mapcounts": bool((merged["mapcount"] == merged["nr_pages"]).all()),
         "seconds": [round(read - started, 3), round(paged - read, 3)],
+    }
+
+
+def read_out_of_the_code(reader: KsmMemoryReader) -> dict[str, object]:
+    """Find mm/ksm.c's variables without the kernel's list of them, and read by a BPF program."""
+    with BpfMemory.open() as memory:
+        layout = read_layout(Btf.read())
+        found = find_variables(memory, layout)
+        ours = KsmMemoryReader(memory, found, layout).read()
+    theirs = reader.read()
+    listed = {name: address for name, address in reader.addresses.items() if name in found}
+    return {
+        "found": sorted(found),
+        "differ": sorted(name for name in listed if listed[name] != found[name]),
+        "not_listed": sorted(found.keys() - listed.keys()),
+        "not_found": sorted(reader.addresses.keys() - found.keys()),
+        "arrays_differ": [
+            name
+            for name in ("stable_nodes", "sharers", "rmap_items", "unstable_nodes", "mm_slots")
+            if not np.array_equal(getattr(ours, name), getattr(theirs, name))
+        ],
+        "nr_sharers": len(ours.sharers),
+        "cursors_agree": ours.cursor == theirs.cursor,
     }
 
 
@@ -254,6 +281,7 @@ def plain(reader: KsmMemoryReader) -> dict[str, object]:
     first, second, third = Process(), Process(), Process()
     scan_until_quiescent()
     phases["merged"] = compare(reader)
+    phases["code"] = read_out_of_the_code(reader)
     phases["nr_offline"] = set_movable_blocks("offline")
     phases["offline"] = compare(reader)
     set_movable_blocks("online")
@@ -283,6 +311,7 @@ def numa(reader: KsmMemoryReader) -> dict[str, object]:
     earliest.do("write", 0, UNIQUE)
     scan_until_quiescent()
     phases["merged"] = compare(reader)
+    phases["code"] = read_out_of_the_code(reader)
     phases["nr_moved"] = [move_pages(first, 0), move_pages(second, 1)]
     phases["moved"] = compare(reader)
     # Found from an ordinary page, a node whose page has left for another NUMA node is displaced

@@ -5,7 +5,8 @@
 
 Two processes map 3 contents 5 and 11 times and 2 pages of their own, with max_page_sharing=3; the
 pages of kernel memory that a walk of KSM's structures reads are written as an ELF core file, beside
-the lines of kallsyms and the types of BTF that it looks up.
+the lines of kallsyms and the types of BTF that it looks up, and the files of sysfs. Elsewhere than
+in a guest, save KSM's knobs first.
 """
 
 import ctypes
@@ -20,9 +21,10 @@ import sys
 import time
 from pathlib import Path
 
-from ksmtrace.kernel.kcore import Kcore
+from ksmtrace.kernel.ksm_code import FUNCTIONS
 from ksmtrace.kernel.ksm_layout import MEMBERS, SYMBOLS
 from ksmtrace.kernel.ksm_memory import KsmMemoryReader
+from ksmtrace.kernel.memory import KernelMemory
 from ksmtrace.kernel.sysfs import read_ksm
 
 PAGE = mmap.PAGESIZE
@@ -52,11 +54,15 @@ def knob(name: str, value: int) -> None:
         path.write_text(str(value))
 
 
-class KeepingKcore(Kcore):
-    """Keeps every page that it ever read, as it first was."""
-
-    def forget(self) -> None:
-        """Keep everything: nothing changes while ksmd rests."""
+# The lines that are looked up, and behind each function the one that says where it ends.
+def kallsyms() -> str:
+    lines = Path("/proc/kallsyms").read_text().splitlines(keepends=True)
+    named = sorted((line.split()[0], line) for line in lines if line.split()[1] in "tTwW")
+    kept = {line for line in lines if line.split()[2] in SYMBOLS}
+    for (_, line), (_, following) in itertools.pairwise(named):
+        if line.split()[2] in FUNCTIONS:
+            kept |= {line, following}
+    return "".join(line for line in lines if line in kept)
 
 
 def core_file(pages: dict[int, bytes]) -> bytes:
@@ -100,20 +106,19 @@ def main(directory: Path) -> None:
     time.sleep(0.5)
     knob("run", 0)
 
-    with KsmMemoryReader.open() as opened, KeepingKcore.open() as kcore:
-        opened.kcore.close()
-        opened.kcore = kcore
+    # Nothing changes while ksmd rests: what is read once is kept.
+    KernelMemory.forget = lambda self: None
+    with KsmMemoryReader.open() as opened:
         memory = opened.read()
         assert memory.consistent
         assert not memory.torn
-        pages = {number: bytes(page) for number, page in kcore._pages.items()}
-    for part in ("proc", "sys/kernel/btf"):
+        pages = {number: bytes(page) for number, page in opened.memory._pages.items()}
+    for part in ("proc", "sys/kernel/btf", "sys/kernel/mm/ksm"):
         (directory / part).mkdir(parents=True, exist_ok=True)
     (directory / "proc/kcore.xz").write_bytes(lzma.compress(core_file(pages), preset=9))
-    lines = Path("/proc/kallsyms").read_text().splitlines(keepends=True)
-    (directory / "proc/kallsyms").write_text(
-        "".join(line for line in lines if line.split()[2] in SYMBOLS)
-    )
+    (directory / "proc/kallsyms").write_text(kallsyms())
+    for path in Path("/sys/kernel/mm/ksm").iterdir():
+        (directory / "sys/kernel/mm/ksm" / path.name).write_text(path.read_text())
     reduce_btf(directory / "sys/kernel/btf/vmlinux")
     print(
         f"{len(pages)} pages;",
