@@ -16,6 +16,7 @@ from ksmtrace.cli.table import render_table
 if TYPE_CHECKING:
     from ksmtrace.capture.plan import Plan
     from ksmtrace.kernel.facts import Facts
+    from ksmtrace.kernel.probes import LoadProbe
 
 _MAX_WIDTH = 110
 _EXIT_CANNOT_RECORD = 3
@@ -37,15 +38,17 @@ def doctor(context: click.Context, as_json: bool, without: tuple[str, ...]) -> N
     from ksmtrace.capture.plan import make_plan
     from ksmtrace.capture.sites import find_recipe
     from ksmtrace.kernel.facts import read_facts
+    from ksmtrace.kernel.ksm_memory import probe_ksm_memory
 
     facts = read_facts()
     plan = make_plan(facts, find_recipe(facts.kernel.build_id), without=without)
-    click.echo(doctor_json(facts, plan) if as_json else doctor_text(facts, plan))
+    show = doctor_json if as_json else doctor_text
+    click.echo(show(facts, plan, probe_ksm_memory()))
     context.exit(0 if plan.can_record else _EXIT_CANNOT_RECORD)
 
 
-def doctor_json(facts: Facts, plan: Plan) -> str:
-    """Write facts and plan as JSON."""
+def doctor_json(facts: Facts, plan: Plan, memory: LoadProbe) -> str:
+    """Write facts, plan, and whether kernel memory can be read, as JSON."""
     plain = facts.as_json()
     return json.dumps(
         {
@@ -57,18 +60,19 @@ def doctor_json(facts: Facts, plan: Plan) -> str:
             "unseen": [
                 {"what": what, "why": why, "change": change} for what, why, change in plan.unseen
             ],
+            "kernel_memory": {"readable": memory.works, "reason": memory.reason},
             "facts": plain,
         },
         indent=2,
     )
 
 
-def doctor_text(facts: Facts, plan: Plan) -> str:
-    """Write facts and plan for people: first the verdict, last what cannot be seen."""
+def doctor_text(facts: Facts, plan: Plan, memory: LoadProbe) -> str:
+    """Write the same for people: first the verdict, last what cannot be seen."""
     width = min(shutil.get_terminal_size((_MAX_WIDTH, 24)).columns, _MAX_WIDTH)
     sections = [
         ("Can record?", _verdict(plan, width)),
-        ("Kernel", _named(_kernel_rows(facts), width)),
+        ("Kernel", _named(_kernel_rows(facts, memory), width)),
         ("Plan", _table(_plan_rows(plan), ("event", "rung", "on"))),
         ("How the derived and the inlined are told", _hows(plan, width)),
         ("Programs", _programs(plan, width)),
@@ -90,7 +94,7 @@ def _verdict(plan: Plan, width: int) -> list[str]:
     return lines
 
 
-def _kernel_rows(facts: Facts) -> list[tuple[str, str]]:
+def _kernel_rows(facts: Facts, memory: LoadProbe) -> list[tuple[str, str]]:
     kernel = facts.kernel
     rows = [
         ("release", f"{kernel.release}  {kernel.machine}"),
@@ -109,6 +113,8 @@ def _kernel_rows(facts: Facts) -> list[tuple[str, str]]:
     for kind, probe in (facts.loading or {}).items():
         outcome = {True: "works", False: "does not work", None: "unknown"}[probe.works]
         rows.append((f"{kind} programs", f"{outcome}: {probe.reason}"))
+    outcome = "readable" if memory.works else "not readable"
+    rows.append(("kernel memory", f"{outcome}: {memory.reason}"))
     if facts.kpf_ksm is not None:
         outcome = {True: "true", False: "not to be trusted", None: "unknown"}[
             facts.kpf_ksm.truthful

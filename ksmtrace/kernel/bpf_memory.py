@@ -45,6 +45,7 @@ class BpfMemory(KernelMemory):
     """Kernel memory as a BPF program reads it. Costs a system call per page."""
 
     source = "the kernel's memory, read by a BPF program,"
+    how = "by a BPF program"
 
     def __init__(self, calls: Calls) -> None:
         super().__init__()

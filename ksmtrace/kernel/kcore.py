@@ -91,6 +91,8 @@ class Kcore(KernelMemory):
         segments: the mapped ranges, by address.
     """
 
+    how = f"through /{PATH}"
+
     def __init__(self, path: str) -> None:
         super().__init__()
         self.source = path

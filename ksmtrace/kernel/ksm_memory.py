@@ -27,6 +27,7 @@ from ksmtrace.kernel.kcore import Kcore
 from ksmtrace.kernel.ksm_code import find_variables
 from ksmtrace.kernel.ksm_layout import COUNTERS, SYMBOLS, Layout, missing_symbols, read_layout
 from ksmtrace.kernel.memory import WORD_BYTES, KernelMemory, UnmappedAddress
+from ksmtrace.kernel.probes import LoadProbe
 
 SEQNR_MASK = 0x0FF
 UNSTABLE_FLAG = 0x100
@@ -246,12 +247,20 @@ class KsmMemoryReader:
     Attributes:
         memory: the kernel's.
         addresses: of mm/ksm.c's variables, by name.
+        are_listed: whether /proc/kallsyms has them; else they were found in the code.
     """
 
-    def __init__(self, memory: KernelMemory, addresses: Mapping[str, int], layout: Layout) -> None:
+    def __init__(
+        self,
+        memory: KernelMemory,
+        addresses: Mapping[str, int],
+        layout: Layout,
+        are_listed: bool = True,
+    ) -> None:
         self.memory = memory
-        self._layout = layout
         self.addresses = addresses
+        self.are_listed = are_listed
+        self._layout = layout
 
     @classmethod
     def open(cls, root: Path = ROOT) -> KsmMemoryReader:
@@ -276,7 +285,7 @@ class KsmMemoryReader:
                 raise missing
             layout = read_layout(Btf.read(root))
             if missing is not None:
-                return cls(memory, _find_in_code(missing, memory, layout, root), layout)
+                return cls(memory, _find_in_code(missing, memory, layout, root), layout, False)
             known = ((name, symbols.address(name)) for name in SYMBOLS)
             addresses = {name: address for name, address in known if address is not None}
             return cls(memory, addresses, layout)
@@ -355,6 +364,17 @@ def _both(one: CannotRun, other: CannotRun) -> CannotRun:
     kind = type(one) if type(one) is type(other) else KernelFeatureMissing
     hints = dict.fromkeys(hint for hint in (one.hint, other.hint) if hint)
     return kind(f"{one}; and {other}", "; and ".join(hints))
+
+
+def probe_ksm_memory(root: Path = ROOT) -> LoadProbe:
+    """Try to read the structures of mm/ksm.c, and say how that is done or what prevents it."""
+    try:
+        with KsmMemoryReader.open(root) as reader:
+            reader.read(attempts=1)
+            listed = "/proc/kallsyms" if reader.are_listed else "the code of mm/ksm.c"
+            return LoadProbe(True, f"{reader.memory.how}, with addresses from {listed}")
+    except CannotRun as error:
+        return LoadProbe(False, str(error))
 
 
 def read_ksm_memory(root: Path = ROOT) -> KsmMemory:

@@ -49,6 +49,9 @@ class KernelMemory(ABC):
     source = ""
     """Where the pages come from, as errors name it."""
 
+    how = ""
+    """How they are read, for people."""
+
     def __init__(self) -> None:
         self._pages: dict[int, memoryview] = {}
 

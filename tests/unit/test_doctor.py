@@ -19,10 +19,11 @@ from ksmtrace.kernel.facts import read_facts
 from ksmtrace.kernel.probes import KpfProbe, LoadProbe
 
 TREES = Path(__file__).parents[1] / "golden/trees"
+MEMORY = LoadProbe(True, "by a BPF program, with addresses from the code of mm/ksm.c")
 
 
 def text(facts, without=(), recipe=None) -> str:
-    return doctor_text(facts, make_plan(facts, recipe, without=without))
+    return doctor_text(facts, make_plan(facts, recipe, without=without), MEMORY)
 
 
 def section(output: str, title: str) -> list[str]:
@@ -174,6 +175,7 @@ def test_what_was_tried_and_what_could_not_be_read_are_shown(capable):
 
     assert "  fentry programs  does not work: loading a program: EPERM" in output
     assert "  KPF_KSM          not to be trusted: set for every page" in output
+    assert "  kernel memory    readable: by a BPF program" in output
     assert "Not readable\n  ksm  closed" in output
 
 
@@ -185,7 +187,7 @@ def test_files_of_a_future_kernel_are_shown(capable):
 def test_json_has_the_promised_keys(kernel):
     facts = read_facts(TREES / kernel)
     plan = make_plan(facts)
-    plain = json.loads(doctor_json(facts, plan))
+    plain = json.loads(doctor_json(facts, plan, MEMORY))
 
     assert plain["can_record"] is plan.can_record
     assert plain["kernel"]["release"] == facts.kernel.release
@@ -196,6 +198,7 @@ def test_json_has_the_promised_keys(kernel):
     assert {"what", "why", "change"} == set(plain["unseen"][0])
     assert set(plain["facts"]["ksm"]) == {file.name for file in sysfs.FILES}
     assert plain["defines"] == plan.defines
+    assert plain["kernel_memory"] == {"readable": True, "reason": MEMORY.reason}
 
 
 def test_the_command_prints_json_of_the_running_kernel():
