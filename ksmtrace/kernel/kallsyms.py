@@ -87,14 +87,7 @@ def read_symbols(names: Iterable[str], root: Path = ROOT) -> Symbols:
         KernelInterfaceError: the file is absent, unreadable or malformed.
     """
     path = f"{root}/proc/kallsyms"
-    content = read_file(path)
-    if not content:
-        raise KernelInterfaceError(f"there is no {path}", "boot a kernel with CONFIG_KALLSYMS=y")
-    # A line is "ADDRESS type name", and a module's symbol has a tab and [module] behind it.
-    if len(content.partition(b"\n")[0].split()) < 3:
-        raise KernelInterfaceError(f"{path} begins with {content[:60]!r}")
-    if not content.endswith(b"\n"):
-        content += b"\n"
+    content = _read(path)
     addresses = {name: tuple(_find(content, name, path)) for name in names}
     # Per-CPU symbols are offsets, the first of them 0 by right: not all of the beginning can be.
     hidden = not any(
@@ -103,9 +96,54 @@ def read_symbols(names: Iterable[str], root: Path = ROOT) -> Symbols:
     return Symbols(addresses, hidden, any(_find(content, name, path) for name in KSM_OBJECTS))
 
 
-# Searches for whole names: a loop over 120,000 lines would take longer than the kernel's printing.
+def read_extents(names: Iterable[str], root: Path = ROOT) -> Mapping[str, tuple[range, ...]]:
+    """Look up where functions begin and end.
+
+    Args:
+        names: the functions'.
+        root: the tree to read from.
+
+    Returns:
+        By name the addresses of every function of that name, up to the symbol behind it: the file
+        is in the order of addresses (scripts/kallsyms.c:sort_symbols). Empty where the kernel hides
+        addresses.
+
+    Raises:
+        KernelInterfaceError: /proc/kallsyms is absent, unreadable or malformed.
+    """
+    path = f"{root}/proc/kallsyms"
+    content = _read(path)
+    return {name: tuple(_find_extents(content, name, path)) for name in names}
+
+
+def _find_extents(content: bytes, name: str, path: str) -> Iterator[range]:
+    for start, at in _find_lines(content, name, path):
+        while start and at < len(content):
+            following = content.find(b"\n", at)
+            end = int(content[at:following].partition(b" ")[0], 16)
+            if end > start:
+                yield range(start, end)
+                break
+            at = following + 1
+
+
+def _read(path: str) -> bytes:
+    content = read_file(path)
+    if not content:
+        raise KernelInterfaceError(f"there is no {path}", "boot a kernel with CONFIG_KALLSYMS=y")
+    # A line is "ADDRESS type name", and a module's symbol has a tab and [module] behind it.
+    if len(content.partition(b"\n")[0].split()) < 3:
+        raise KernelInterfaceError(f"{path} begins with {content[:60]!r}")
+    return content if content.endswith(b"\n") else content + b"\n"
+
+
 def _find(content: bytes, name: str, path: str) -> list[int]:
-    found = []
+    return [address for address, _ in _find_lines(content, name, path)]
+
+
+# Searches for whole names: a loop over 120,000 lines would take longer than the kernel's printing.
+# Yields the address in the line, and where the next line begins.
+def _find_lines(content: bytes, name: str, path: str) -> Iterator[tuple[int, int]]:
     pattern = b" " + name.encode()
     at = content.find(pattern)
     while at >= 0:
@@ -114,35 +152,10 @@ def _find(content: bytes, name: str, path: str) -> list[int]:
         address, _, kind = line.partition(b" ")
         if content[end : end + 1] in (b"\n", b"\t") and len(kind) == 1:
             try:
-                found.append(int(address, 16))
+                yield int(address, 16), content.find(b"\n", end) + 1
             except ValueError:
                 raise KernelInterfaceError(f"{path} has the line {line[:60]!r}") from None
         at = content.find(pattern, end)
-    return found
-
-
-def read_text(root: Path = ROOT) -> Mapping[str, tuple[int, ...]]:
-    """Read every function's addresses; 0 for each where the kernel hides them.
-
-    Raises:
-        KernelInterfaceError: /proc/kallsyms is absent or unreadable.
-    """
-    found: dict[str, list[int]] = {}
-    for address, name in _iter_text(root):
-        found.setdefault(name, []).append(address)
-    return {name: tuple(addresses) for name, addresses in found.items()}
-
-
-# Of data there may be any amount between two functions: only text has names for us.
-def _iter_text(root: Path) -> Iterator[tuple[int, str]]:
-    path = f"{root}/proc/kallsyms"
-    content = read_file(path)
-    if not content:
-        raise KernelInterfaceError(f"there is no {path}", "boot a kernel with CONFIG_KALLSYMS=y")
-    for line in content.splitlines():
-        fields = line.split(None, 3)
-        if len(fields) >= 3 and fields[1] in b"tTwW":
-            yield int(fields[0], 16), fields[2].decode(errors="replace")
 
 
 class Symbolizer:
@@ -156,7 +169,13 @@ class Symbolizer:
     """
 
     def __init__(self, root: Path = ROOT) -> None:
-        named = sorted(_iter_text(root))
+        lines = (line.split(None, 3) for line in _read(f"{root}/proc/kallsyms").splitlines())
+        # Of data there may be any amount between two functions: only text has names for us.
+        named = sorted(
+            (int(line[0], 16), line[2].decode(errors="replace"))
+            for line in lines
+            if len(line) >= 3 and line[1] in b"tTwW"
+        )
         self._addresses = [address for address, _ in named]
         self._names = [name for _, name in named]
 

@@ -11,7 +11,6 @@ Nothing is taken on trust: a variable is found only where exactly one address fi
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,7 +20,7 @@ from pathlib import Path
 from ksmtrace.errors import KernelFeatureMissing
 from ksmtrace.kernel import sysfs
 from ksmtrace.kernel.files import ROOT
-from ksmtrace.kernel.kallsyms import read_text
+from ksmtrace.kernel.kallsyms import read_extents
 from ksmtrace.kernel.ksm_layout import COUNTERS, Layout
 from ksmtrace.kernel.memory import KernelMemory, UnmappedAddress
 
@@ -134,12 +133,11 @@ def _compare(memory: KernelMemory, found: Mapping[str, int], root: Path) -> None
 class _Code:
     def __init__(self, memory: KernelMemory, root: Path) -> None:
         self._memory = memory
-        self._text = read_text(root)
-        self._starts = sorted({start for starts in self._text.values() for start in starts})
-        anchors = self._text.get(ANCHOR, ())
+        self._extents = read_extents(FUNCTIONS, root)
+        anchors = self._extents[ANCHOR]
         if len(anchors) != 1:
             raise _Unknown(f"/proc/kallsyms has {len(anchors)} functions {ANCHOR}")
-        self._anchor = anchors[0]
+        self._anchor = anchors[0].start
 
     def variables(self, layout: Layout) -> dict[str, int]:
         found = {}
@@ -217,10 +215,11 @@ class _Code:
     # Those of the first of these functions that there is; none where there is none.
     def references(self, names: Iterable[str]) -> list[Reference]:
         for name in names:
-            if starts := self._text.get(name):
-                start = min(starts, key=lambda at: abs(at - self._anchor))
-                end = self._starts[bisect.bisect_right(self._starts, start)]
-                return list(iter_references(self._memory.content(start, end - start), start))
+            if extents := self._extents[name]:
+                code = min(extents, key=lambda extent: abs(extent.start - self._anchor))
+                return list(
+                    iter_references(self._memory.content(code.start, len(code)), code.start)
+                )
         return []
 
 
