@@ -164,9 +164,9 @@ def changing() -> None:
 
     def change(number: int) -> None:
         area.fill(0, 1)
-        time.sleep(0.031)
+        time.sleep(0.0001 * (number % 17))
         area.fill(0, 2)
-        time.sleep(0.003)
+        time.sleep(0.0001 * (number % 13))
 
     always(change)
 
