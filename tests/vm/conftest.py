@@ -55,6 +55,18 @@ def find_or_skip(series: str) -> Kernel:
     return kernel
 
 
+def assert_well_ended(result: VmResult) -> None:
+    """Fail where the command in a guest has failed, with what it said of that."""
+    said = f"{(result.stderr or b'').decode(errors='replace')}\nthe console:\n{result.console}"
+    assert result.outcome is Outcome.EXITED, f"{result.outcome.value}:\n{said}"
+    assert result.exit_status == 0, f"status {result.exit_status}:\n{said}"
+
+
+@pytest.fixture
+def well_ended() -> Callable[[VmResult], None]:
+    return assert_well_ended
+
+
 @pytest.fixture
 def selftests() -> Path:
     """Find the kernel's own KSM tests, those of 6.12."""
@@ -95,8 +107,7 @@ def in_guest(tmp_path_factory) -> Callable[..., Path]:
         out, result = ended[series, program]
         if isinstance(result, LostVM):
             raise result
-        assert result.outcome is Outcome.EXITED, result
-        assert result.exit_status == 0, result.stderr
+        assert_well_ended(result)
         return out
 
     return run
