@@ -19,11 +19,11 @@ def test_report_names_both_guests_and_what_they_share(ksm, tmp_path):
         [
             *(ROOT / "scripts" / "guests", "run", "--"),
             *(KSMTRACE, "record", "-o", recording, "--"),
-            *(sys.executable, ROOT / "scripts" / "ksmd", "--seconds", "5"),
+            *(sys.executable, ROOT / "scripts" / "ksmd", "--passes", "5"),
             *("--pages-to-scan", "5000"),
         ],
         check=True,
-        timeout=240,
+        timeout=1000,
     )
     done = subprocess.run(
         [KSMTRACE, "report", recording, "--json"], check=True, stdout=subprocess.PIPE
