@@ -30,7 +30,7 @@ FAULTS = {"6.1": {"C04", "Q5", "C64"}, "6.12": set(), "7.x": set()}
 def test_a_guest_kernel_is_judged(series, kernel_of):
     kernel = kernel_of(series)
     done = subprocess.run(
-        [*KSMTRACE, "selftest", "--kernel", kernel.release, "--json"],
+        [*KSMTRACE, "selftest", "--kernel", kernel.release, "--timeout", "300", "--json"],
         stdout=subprocess.PIPE,
         text=True,
     )
