@@ -43,6 +43,7 @@ REWRITTEN = 61
 DROPPED = 5
 CONTENDED = 8191
 UNIQUE, CHANGING, EQUAL, ZERO, UNMAPPED, EXITING = 43, 17, 11, 19, 13, 23
+LONG_MS = 100_000
 VISITING_PASSES, SKIPPING_PASSES = 5, 7
 
 _SPLITS = (
@@ -338,7 +339,7 @@ def main(out: Path, names: list[str]) -> None:
         for name, text in events.items():
             print(text.format(f"outcomes/{name}"), file=file, flush=True)
     TRACE.mkdir()
-    (TRACE / "buffer_size_kb").write_text("4096")
+    (TRACE / "buffer_size_kb").write_text("32768")
     for name in events:
         if name not in ("left", "entered"):
             (TRACE / "events/outcomes" / name / "filter").write_text(f"common_pid == {ksmd}")
@@ -377,6 +378,16 @@ def passes(number: int) -> None:
         assert time.monotonic() < deadline, f"in {PATIENCE_S} s full_scans is {done} of {wanted}"
         time.sleep(0.01)
     set_knob("run", 0)
+
+
+def one_pass() -> None:
+    """Let ksmd make exactly one pass: run=0 comes long before another.
+
+    A new pause wakes ksmd from the one before (mm/ksm.c:sleep_millisecs_store), with run at 0.
+    """
+    pause = int((KSM / "sleep_millisecs").read_text())
+    set_knob("sleep_millisecs", LONG_MS + (pause == LONG_MS))
+    passes(1)
 
 
 _TRACED = re.compile(r": (\w+): \([^)]*\)(?: ret=(-?\d+)| mm=(\d+))?$")
@@ -421,7 +432,6 @@ def traced() -> Counter[str]:
 
 def visit() -> dict[str, object]:
     """Let ksmd come by pages of every sort, pass by pass; their process is this one."""
-    set_knob("sleep_millisecs", 500)  # so that run=0 comes before another pass
     set_knob("use_zero_pages", 1)
     before = read_counters()
     scans = int((KSM / "full_scans").read_text())
@@ -437,15 +447,16 @@ def visit() -> dict[str, object]:
     for number in range(VISITING_PASSES):
         for page in range(CHANGING):
             others.fill(page, 3000 + number * CHANGING + page)
-        passes(1)
+        one_pass()
     set_knob("smart_scan", 1)
-    passes(SKIPPING_PASSES)
+    for _ in range(SKIPPING_PASSES):
+        one_pass()
     set_knob("smart_scan", 0)
     libc.munmap(ctypes.c_void_p(unique.start), ctypes.c_size_t(UNMAPPED * PAGE))
     child = in_a_child(exiting)
-    passes(1)
+    one_pass()
     end(child)
-    passes(1)
+    one_pass()
     done = int((KSM / "full_scans").read_text()) - scans
     counters = {key: value - before[key] for key, value in read_counters().items()}
     for area in (unique, others):

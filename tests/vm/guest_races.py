@@ -88,7 +88,7 @@ def main(out: Path) -> None:
             print(text.format(f"races/{name}"), file=file, flush=True)
     TRACE.mkdir()
     (TRACE / "trace_clock").write_text("mono")
-    (TRACE / "buffer_size_kb").write_text("8192")
+    (TRACE / "buffer_size_kb").write_text("32768")
     (TRACE / "options/hash-ptr").write_text("0")
     histogram("races/looked_up", f"hist:keys=result if result == {EBUSY}")
     for name in ("migrated", "waited_for_page"):
