@@ -33,6 +33,8 @@ def test_no_event_tells_of_the_time_before_all_programs_were_attached(
     )
     well_ended(result)
     recorded = gather(RecordingReader(path))
+    assert recorded.trailer is not None
+    assert recorded.trailer.command_exit_status == 0, result.stderr
     assert recorded.count("cmp_and_merge_page") > 0
     judged = judge_all(CLAIMS, Case(recorded))
     assert [judgement for judgement in judged if judgement.is_fault] == []
