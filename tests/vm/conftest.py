@@ -90,10 +90,11 @@ def in_guest(tmp_path_factory) -> Callable[..., Path]:
 
     The program gets the folder's name, and further arguments after it.
     """
-    ended: dict[tuple[str, Path], tuple[Path, VmResult | LostVM]] = {}
+    ended: dict[tuple[object, ...], tuple[Path, VmResult | LostVM]] = {}
 
     def run(series: str, program: Path, options: VmOptions, *arguments: str) -> Path:
-        if (series, program) not in ended:
+        known = (series, program, arguments)
+        if known not in ended:
             kernel = find_or_skip(series)
             out = tmp_path_factory.mktemp(series)
             command = [sys.executable, str(program), str(out), *arguments]
@@ -103,8 +104,8 @@ def in_guest(tmp_path_factory) -> Callable[..., Path]:
                 result = run_in_vm(command, kernel, writable, capture=True, timeout_s=LONGEST_S)
             except LostVM as error:
                 result = error
-            ended[series, program] = out, result
-        out, result = ended[series, program]
+            ended[known] = out, result
+        out, result = ended[known]
         if isinstance(result, LostVM):
             raise result
         assert_well_ended(result)
