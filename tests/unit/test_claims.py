@@ -783,6 +783,21 @@ def test_ktap_has_a_plan_and_one_line_per_claim(golden):
         assert re.fullmatch(r"    (not )?ok \d+ [\w.+-]+( # (SKIP|XFAIL) [^#]+)?", line), line
 
 
+def test_ktap_tells_what_was_judged_before_a_kernel_was_lost(golden):
+    case = Case(golden("guest-7.x-churn"))
+    judged = as_json(judge_all(CLAIMS, case), case)
+    lines = list(
+        check_lines([{**judged, "failed": "the guest is lost: #1"}, {"failed": "no boot"}])
+    )
+    assert len([line for line in lines if re.match(r"    (not )?ok ", line)]) == len(CLAIMS)
+    assert lines[-4:] == [
+        "# ksm_claims_7.3.4+deb13-amd64: the guest is lost: number 1",
+        "not ok 1 ksm_claims_7.3.4+deb13-amd64",
+        "# ksm_claims_unknown: no boot",
+        "not ok 2 ksm_claims_unknown",
+    ]
+
+
 def test_the_generated_documents_are_current():
     notes = json.loads((RESULTS / "notes.json").read_text())
     results = {
