@@ -8,9 +8,10 @@
 #
 # The kernel takes CONFIG_KSM, and for a guest PCI, VIRTIO_PCI, VIRTIO_CONSOLE, NET_9P_VIRTIO, 9P_FS,
 # OVERLAY_FS, TMPFS, DEVTMPFS and BLK_DEV_INITRD, built in or as modules that
-# `make modules_install INSTALL_MOD_PATH=.` has put below the tree. BPF_SYSCALL, BPF_EVENTS,
+# `make modules_install INSTALL_MOD_PATH=.` has put below the tree. BPF_SYSCALL, BPF_JIT, BPF_EVENTS,
 # DEBUG_INFO_BTF, KPROBE_EVENTS, FUNCTION_TRACER, KALLSYMS_ALL and PROC_KCORE make more claims
-# testable.
+# testable; so do MEMCG with ZRAM (swap), NUMA, TRANSPARENT_HUGEPAGE, and MEMORY_HOTREMOVE with
+# ACPI_HOTPLUG_MEMORY.
 set -eu
 linux=${1:?usage: selftest.sh LINUX_TREE}
 

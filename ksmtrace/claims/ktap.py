@@ -19,7 +19,8 @@ def check_lines(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
     Args:
         outcomes: per kernel what :func:`ksmtrace.claims.judgement.as_json` returned; one with a
-            ``skipped`` instead of claims could not be judged at all.
+            ``skipped`` instead of claims could not be judged at all; one with a ``failed`` was not
+            tested to the end, and has what was judged until then, if anything.
     """
     yield VERSION_LINE
     yield f"1..{len(outcomes)}"
@@ -28,15 +29,16 @@ def check_lines(outcomes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if outcome.get("skipped"):
             yield f"ok {number} {name} # SKIP {_one_line(outcome['skipped'])}"
             continue
+        claims = outcome.get("claims", ())
+        if claims:
+            yield f"{_INDENT}{VERSION_LINE}"
+            yield f"{_INDENT}1..{len(claims)}"
+            for line in _claim_lines(claims):
+                yield f"{_INDENT}{line}"
         if outcome.get("failed"):
             yield f"# {name}: {_one_line(outcome['failed'])}"
             yield f"not ok {number} {name}"
             continue
-        claims = outcome["claims"]
-        yield f"{_INDENT}{VERSION_LINE}"
-        yield f"{_INDENT}1..{len(claims)}"
-        for line in _claim_lines(claims):
-            yield f"{_INDENT}{line}"
         failed = any(c["verdict"] == "violated" and c["expected"] is None for c in claims)
         judged = any(c["verdict"] in ("holds", "violated") for c in claims)
         skip = "" if judged else " # SKIP no claim could be judged"

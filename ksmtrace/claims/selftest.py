@@ -102,7 +102,10 @@ def read_performed(folder: Path, state: Callable[[], Case] | None = None) -> Cas
     readings: list[Witnessed] = []
     gathering: Gathering | None = None
     try:
-        for line in said.read_text().splitlines():
+        for line in said.read_text().splitlines(keepends=True):
+            if not line.endswith("\n"):
+                # It was being written when its kernel died.
+                break
             content = json.loads(line)
             if "trial" in content:
                 trial = Trial.from_json(content["trial"])
@@ -140,7 +143,8 @@ def _listen(command: Sequence[str], said: Path) -> bool:
     failure: dict[str, Any] | None = None
     begun = False
     with (
-        said.open("w") as kept,
+        # A kernel that dies keeps no line back.
+        said.open("w", buffering=1) as kept,
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process,
     ):
         assert process.stdout is not None
@@ -177,6 +181,9 @@ def folder_for(kept: Path | None) -> Iterator[Path]:
             kept.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"{kept} cannot be made: {error.strerror}") from error
+        # Else those of an earlier run would be judged where this one does not get to make its own.
+        for name in (_RECORDING, _TRIALS):
+            (kept / name).unlink(missing_ok=True)
         yield kept
         return
     with tempfile.TemporaryDirectory(prefix="ksmtrace-selftest-") as name:

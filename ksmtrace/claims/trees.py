@@ -304,7 +304,7 @@ CLAIMS = (
         _check_failed_items,
         needs=(
             Kinds(("cmp_and_merge_page", "ksm_merge_with_ksm_page")),
-            Fields("cmp_and_merge_page", ("address", "rmap_item")),
+            Fields("cmp_and_merge_page", ("address",)),
         ),
     ),
     Claim(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ksmtrace.cli.options import Seconds
-from ksmtrace.errors import CannotRun, LostVM, UsageError
+from ksmtrace.errors import CannotRun, LostVM, RecordingError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -171,7 +171,7 @@ def _in_guest(
 ) -> dict[str, Any]:
     """Let a guest carry out the trials; they are judged here."""
     from ksmtrace.claims.selftest import folder_for
-    from ksmtrace.vm import VmOptions, find_kernel, run_in_vm
+    from ksmtrace.vm import Outcome, VmOptions, find_kernel, run_in_vm
     from ksmtrace.vm.machine import qemu_program
 
     head: dict[str, Any] = {"file": what, "kernel": {"release": what}}
@@ -182,31 +182,51 @@ def _in_guest(
         _report(f"{what}: in a guest, at most {_GUEST_TIMEOUT_S:g} s")
         with folder_for(save) as folder:
             options = ["--perform", str(folder), "--timeout", str(timeout), *chosen]
-            result = run_in_vm(
-                [*_KSMTRACE, "selftest", *options],
-                kernel,
-                VmOptions(
-                    memory_bytes=_GUEST_MEMORY_BYTES,
-                    numa_nodes=2,
-                    swap_bytes=_GUEST_SWAP_BYTES,
-                    hotplug_bytes=_GUEST_HOTPLUG_BYTES,
-                    writable=[folder],
-                ),
-                timeout_s=_GUEST_TIMEOUT_S,
-                pass_signals=True,
-                notify=_report,
-            )
+            try:
+                result = run_in_vm(
+                    [*_KSMTRACE, "selftest", *options],
+                    kernel,
+                    VmOptions(
+                        memory_bytes=_GUEST_MEMORY_BYTES,
+                        numa_nodes=2,
+                        swap_bytes=_GUEST_SWAP_BYTES,
+                        hotplug_bytes=_GUEST_HOTPLUG_BYTES,
+                        writable=[folder],
+                    ),
+                    timeout_s=_GUEST_TIMEOUT_S,
+                    pass_signals=True,
+                    notify=_report,
+                )
+            except LostVM as lost:
+                for line in lost.console_tail:
+                    click.echo(f"  | {line}", err=True)
+                return {**head, **_judged_until_then(folder, ids), "failed": _why_lost(lost)}
             if (folder / _OUTCOME).exists():
                 return {**head, **json.loads((folder / _OUTCOME).read_text())}
             if result.exit_status == 0:
                 return {**head, **_judged(folder, ids)}
             failed = f"the trials ended with status {result.exit_status}, see above"
-            return {**head, "failed": failed}
-    except LostVM as lost:
-        tail = "; ".join(lost.console_tail[-3:]) if lost.has_booted else lost.hint
-        return {**head, "failed": f"{lost}: {tail}" if tail else str(lost)}
+            if result.outcome is Outcome.TIMED_OUT:
+                failed = f"the trials were ended after {_GUEST_TIMEOUT_S:g} s"
+            return {**head, **_judged_until_then(folder, ids), "failed": failed}
     except CannotRun as error:
         return {**head, "skipped": f"{error} ({error.hint})" if error.hint else str(error)}
+
+
+def _judged_until_then(folder: Path, ids: tuple[str, ...]) -> dict[str, Any]:
+    # A fault may have shown before it took the kernel down.
+    try:
+        return _judged(folder, ids)
+    except RecordingError as error:
+        _report(f"nothing can be judged of what was recorded until then: {error}")
+        return {}
+
+
+def _why_lost(lost: LostVM) -> str:
+    if not lost.has_booted:
+        return f"{lost}: {lost.hint}"
+    where = next((line for line in lost.console_tail if "RIP: " in line), None)
+    return str(lost) if where is None else f"{lost} ({where.strip()})"
 
 
 def _perform_only(ids: tuple[str, ...], timeout: float, folder: Path) -> int:

@@ -9,12 +9,14 @@ TAIL_LINES = 25
 DEATH_LINES = 80
 
 # Printed by kernel/panic.c:panic, arch/x86/kernel/dumpstack.c:__die_header ("Oops: ") and by the
-# page fault, soft lockup and RCU stall reports. A panic is looked for first: with `oops=panic`,
-# an oops ends in one.
+# page fault, soft lockup and RCU stall reports. What says most comes first: with `oops=panic`, an
+# oops ends in a panic that says nothing of its cause.
 _SIGNS = (
-    ("kernel panic", re.compile(r"Kernel panic - not syncing: (?P<why>.*)")),
+    ("kernel panic", re.compile(r"Kernel panic - not syncing: (?!Fatal exception)(?P<why>.*)")),
+    ("kernel bug", re.compile(r"kernel BUG at (?P<why>.*)")),
     ("oops", re.compile(r"\bOops: (?P<why>.*)")),
-    ("kernel bug", re.compile(r"(?:\bBUG: |kernel BUG at )(?P<why>.*)")),
+    ("kernel bug", re.compile(r"\bBUG: (?P<why>.*)")),
+    ("kernel panic", re.compile(r"Kernel panic - not syncing: (?P<why>.*)")),
     ("stalled CPU", re.compile(r"rcu: INFO: (?P<why>.*detected.*stall.*)")),
     ("no root file system", re.compile(r"(?P<why>Failed to mount real root.*)")),
 )

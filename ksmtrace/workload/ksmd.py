@@ -25,6 +25,8 @@ from ksmtrace.workload.signals import Stop
 _PAUSES_MS = (30_011, 30_013)
 _FIRST_POLL_SECONDS = 0.0005
 _LONGEST_POLL_SECONDS = 0.02
+# ksmd frees what an exited process left within a pass, and in all of one something is freed.
+_STUCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,11 @@ class Unmet:
 
     Attributes:
         waited_for: the condition, and what had been reached when the time was up.
+        is_stuck: nothing moved any more: no longer wait would have helped.
     """
 
     waited_for: str
+    is_stuck: bool = False
 
 
 class Ksmd:
@@ -47,6 +51,8 @@ class Ksmd:
         self._nr_pauses = 0
         self.nr_passes = 0
         """Passes so far, of those that :meth:`run_pass` asked for."""
+        self.nr_kept = 0
+        """Pages that ksmd has been seen not to forget: a fault of this kernel's counters."""
 
     def rest(self) -> None:
         """Stop ksmd; when this returns, no batch is under way (mm/ksm.c:run_store)."""
@@ -114,15 +120,25 @@ class Ksmd:
         (mm/ksm.c:max_page_sharing_store), which unlike run=2 leaves full_scans alone.
 
         Returns:
-            None once nothing is left, else what is.
+            None once nothing is left but what ksmd never forgets, else what is.
         """
         deadline = time.monotonic() + timeout_seconds
-        while (left := nr_rmap_items(read_ksm())) > 0:
-            seconds = deadline - time.monotonic()
-            if seconds <= 0 or not self.run_pass(
-                seconds, ends_early=lambda: nr_rmap_items(read_ksm()) <= 0
-            ):
-                return Unmet(f"ksmd to forget the pages of exited processes (now {left} left)")
+        before, moved = 0, time.monotonic()
+        while (left := nr_rmap_items(read_ksm())) > self.nr_kept:
+            now = time.monotonic()
+            if left != before:
+                before, moved = left, now
+            is_stuck = now - moved > _STUCK_SECONDS
+            if is_stuck or now > deadline:
+                if is_stuck:
+                    self.nr_kept = left
+                return Unmet(
+                    f"ksmd to forget the pages of exited processes (now {left} left)", is_stuck
+                )
+            self.run_pass(
+                min(deadline - now, _STUCK_SECONDS),
+                ends_early=lambda: nr_rmap_items(read_ksm()) <= self.nr_kept,
+            )
         if "max_page_sharing" in self._knobs:
             limit = read_ksm()["max_page_sharing"]
             assert isinstance(limit, int)
@@ -130,7 +146,7 @@ class Ksmd:
                 self._knobs.set(max_page_sharing=limit + 1)
                 self._knobs.set(max_page_sharing=limit)
             except CannotRun as error:
-                return Unmet(f"the stable tree to be empty ({error})")
+                return Unmet(f"the stable tree to be empty ({error})", is_stuck=True)
         return None
 
 

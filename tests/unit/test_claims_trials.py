@@ -18,7 +18,7 @@ from ksmtrace.claims.judgement import judge_all
 from ksmtrace.claims.selftest import folder_for, read_performed, trials_for
 from ksmtrace.claims.table import CLAIMS, choose
 from ksmtrace.cli import ksmtrace
-from ksmtrace.errors import RecordingError, UsageError
+from ksmtrace.errors import LostVM, RecordingError, UsageError
 from ksmtrace.events import (
     EVENT_DTYPE,
     KIND_BY_NAME,
@@ -552,9 +552,48 @@ def test_trials_come_back_from_their_file_as_they_were(case):
 
 def test_a_damaged_file_of_trials_is_no_trial(folder, tmp_path):
     shutil.copy(folder / "selftest.ksmt", tmp_path)
-    (tmp_path / "trials.jsonl").write_text('{"trial": {"name": 7}}')
+    (tmp_path / "trials.jsonl").write_text('{"trial": {"name": 7}}\n')
     with pytest.raises(RecordingError, match="does not hold trials"):
         read_performed(tmp_path)
+
+
+def test_a_line_that_was_being_written_when_its_kernel_died_is_left_out(folder, case, tmp_path):
+    shutil.copy(folder / "selftest.ksmt", tmp_path)
+    content = (folder / "trials.jsonl").read_bytes()
+    (tmp_path / "trials.jsonl").write_bytes(content[:-100])
+    assert list(read_performed(tmp_path).trials) == list(case.trials)[:-1]
+
+
+@pytest.mark.parametrize("until", ["nothing", "half"])
+def test_a_guest_that_dies_is_judged_until_then(folder, tmp_path, monkeypatch, until):
+    tail = ("kernel BUG at mm/ksm.c:1005!", "RIP: 0010:remove_rmap_item_from_tree+0x1f2/0x210")
+
+    def die(*unused, **options):
+        if until == "half":
+            content = (folder / "selftest.ksmt").read_bytes()
+            (tmp_path / "selftest.ksmt").write_bytes(content[: len(content) // 2])
+            content = (folder / "trials.jsonl").read_bytes()
+            (tmp_path / "trials.jsonl").write_bytes(content[: len(content) // 2])
+        raise LostVM("the guest is lost: kernel bug: mm/ksm.c:1005!", "as it is", tail)
+
+    monkeypatch.setattr("ksmtrace.vm.find_kernel", lambda *unused: None)
+    monkeypatch.setattr("ksmtrace.vm.machine.qemu_program", lambda: "qemu")
+    monkeypatch.setattr("ksmtrace.vm.run_in_vm", die)
+    # What an earlier run left there is not taken for this one's.
+    unpacked("guest-6.12", tmp_path)
+    options = ["--kernel", "bzImage", "--save", str(tmp_path), "--json"]
+    done = CliRunner().invoke(ksmtrace, ["selftest", *options], standalone_mode=False)
+    assert done.return_value == 1
+    (outcome,) = json.loads(done.stdout)["kernels"]
+    assert outcome["failed"].startswith("the guest is lost: kernel bug: mm/ksm.c:1005! (RIP: 0010:")
+    if until == "nothing":
+        assert "claims" not in outcome
+        return
+    assert "cut off" in outcome["incomplete"][0]
+    verdicts = {claim["id"]: claim["verdict"] for claim in outcome["claims"]}
+    assert verdicts["C02"] == "holds"
+    assert verdicts["DOC11.fork"] == "unknown"
+    assert not [c for c in outcome["claims"] if c["verdict"] == "violated" and not c["expected"]]
 
 
 def test_a_folder_without_trials_and_one_that_cannot_be_made_are_told(tmp_path):

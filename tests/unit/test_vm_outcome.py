@@ -38,6 +38,13 @@ def test_an_oops_and_a_bug_without_a_panic() -> None:
     assert find_death(page_fault + "Oops: Oops: 0002 [#1] SMP\n") == "oops: Oops: 0002 [#1] SMP"
 
 
+def test_a_panic_that_a_bug_ends_in_does_not_hide_it() -> None:
+    report = "kernel BUG at mm/ksm.c:1005!\nOops: invalid opcode: 0000 [#1] SMP\n"
+    panic = "Kernel panic - not syncing: Fatal exception\n"
+    assert find_death(report + panic) == "kernel bug: mm/ksm.c:1005!"
+    assert find_death(panic) == "kernel panic: Fatal exception"
+
+
 def test_the_tail_has_no_escape_sequences_and_no_blank_lines() -> None:
     assert tail(clean_console(b"\x1bc\x1b[2J\x1b[1;31mone\x1b[0m\r\n\r\ntwo\r\n")) == ("one", "two")
     assert tail("") == ()
