@@ -172,7 +172,7 @@ class Recorded:
             return self.selection.why_incomplete
         reasons = []
         if self.cut_off:
-            reasons.append(f"it was cut off: {self.cut_off}")
+            reasons.append(self.cut_off)
         lost = {name: count for name, count in self.lost().items() if count}
         if lost:
             kinds = ", ".join(f"{count} {name}" for name, count in lost.items())
@@ -269,7 +269,6 @@ def gather(stream: Stream) -> Recorded:
     """Read a stream to its end.
 
     Raises:
-        RecordingError: a block of a recording is damaged.
         CannotRun: this CPU does not sort.
     """
     check_sorting()

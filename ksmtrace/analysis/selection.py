@@ -139,7 +139,7 @@ def _incomplete(
     elif recorded.trailer is None:
         entered = sum(last.produced.values()) - sum(last.dropped.values())
         if len(recorded.events) < entered:
-            reasons.append(f"the recording was cut off: {recorded.cut_off}")
+            reasons.append(str(recorded.cut_off))
     total = sum(dropped.values())
     if total:
         kinds = ", ".join(f"{count} {name}" for name, count in dropped.items() if count)
