@@ -189,6 +189,13 @@ class Trailer:
 Item = Batch | CounterSample | ProcessSeen | StackSeen | Losses | Witnessed | Trailer
 
 
+def time_of(item: Item) -> int:
+    """Return when an item was: for a batch, when its last event happened, 0 without any."""
+    if isinstance(item, Batch):
+        return int(item.events["ts_ns"].max()) if len(item.events) else 0
+    return item.end_ns if isinstance(item, CounterSample | Witnessed) else item.ts_ns
+
+
 class Stream(Protocol):
     """A header, and the items in order of time."""
 

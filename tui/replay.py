@@ -147,18 +147,14 @@ class ReplayEngine(Engine):
             self._publish(**changes)
 
     def _measure(self) -> None:
-        from ksmtrace.analysis.live import time_of
+        from ksmtrace.stream import time_of
 
         reader = self._reader
         end_ns = reader.header.started_ns
-        try:
-            for item in reader:
-                if self._stopping.is_set():
-                    return
-                end_ns = max(end_ns, time_of(item))
-        except KsmtraceError:
-            # It is shown until there, and said when that is reached.
-            pass
+        for item in reader:
+            if self._stopping.is_set():
+                return
+            end_ns = max(end_ns, time_of(item))
         self._cut_off = reader.cut_off or ""
         self._length_ns = end_ns - reader.header.started_ns
 
@@ -214,8 +210,6 @@ class ReplayEngine(Engine):
             if time.monotonic() >= next_s:
                 next_s = time.monotonic() + PICTURE_S
                 self._tell(player, Phase.SEEKING, False)
-        if whole and player.error is not None:
-            raise player.error
         phase = Phase.ENDED if whole else Phase.PAUSED if self._paused else Phase.PLAYING
         self._tell(player, phase, self._paused or whole)
 
@@ -228,7 +222,7 @@ class ReplayEngine(Engine):
             return
         says = ""
         if phase is Phase.ENDED and self._cut_off:
-            says = f"the recording is cut off: {self._cut_off}"
+            says = f"the recording {self._cut_off.removeprefix('it ')}"
         self._publish(
             phase=phase,
             says=says,
@@ -254,7 +248,6 @@ class _Player:
         self.live = begin.live.copy()
         self.at_ns = begin.at_ns or begin.live.header.started_ns
         self.nr_events = begin.nr_events
-        self.error: KsmtraceError | None = None
         self._nr_items = begin.nr_items
         self._items = islice(iter(RecordingReader(path)), begin.nr_items, None)
         self._next: Item | None = None
@@ -270,8 +263,7 @@ class _Player:
 
     def go_to(self, target_ns: int, whole: bool) -> Iterator[None]:
         # Takes in what was known until then, and yields now and then.
-        from ksmtrace.analysis.live import time_of
-        from ksmtrace.stream import Batch, CounterSample, ProcessSeen
+        from ksmtrace.stream import Batch, CounterSample, ProcessSeen, time_of
 
         while self._later and (whole or time_of(self._later[0]) <= target_ns):
             self.live.take(self._later.popleft())
@@ -312,9 +304,6 @@ class _Player:
 
     def _peek(self) -> Item | None:
         if self._next is None:
-            try:
-                self._next = next(self._items, None)
-                self._nr_items += 1
-            except KsmtraceError as error:
-                self.error = error
+            self._next = next(self._items, None)
+            self._nr_items += 1
         return self._next

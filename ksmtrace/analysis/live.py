@@ -50,6 +50,7 @@ from ksmtrace.stream import (
     StackSeen,
     Trailer,
     Witnessed,
+    time_of,
 )
 
 CanSee = Callable[..., bool]
@@ -515,13 +516,6 @@ def _owners(
     for pair, pages in zip(pairs.tolist(), counts.tolist(), strict=True):
         found[pair >> 32].append((pair & 0xFFFF_FFFF, pages))
     return tuple(tuple(sorted(one, key=lambda own: -own[1])[:3]) for one in found)
-
-
-def time_of(item: Item) -> int:
-    """Return when an item was: for a batch, when its last event happened, 0 without any."""
-    if isinstance(item, Batch):
-        return int(item.events["ts_ns"].max()) if len(item.events) else 0
-    return item.end_ns if isinstance(item, CounterSample | Witnessed) else item.ts_ns
 
 
 def _number(value: int | str | None) -> int | None:

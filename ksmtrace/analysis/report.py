@@ -58,6 +58,7 @@ def _head(recorded: Recorded) -> dict[str, Any]:
         "selection": _selection(recorded, selection) if selection else None,
         "complete": not incomplete,
         "incomplete_because": incomplete,
+        "cut_off": recorded.cut_off,
         "lost": sum(recorded.lost().values()),
         "lost_by_kind": recorded.lost(),
         "kernel": recorded.header.facts.get("kernel"),

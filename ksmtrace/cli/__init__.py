@@ -61,15 +61,23 @@ def main() -> None:
         click.echo("ksmtrace: interrupted", err=True)
         status = 130
     except BrokenPipeError:
-        # The reader of our output has gone, as `| head` does: nobody is left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        status = 141
+        status = _reader_gone()
+    except SystemExit as leave:
+        # Click's own answer to a closed pipe is 1, which here means that a claim is violated.
+        if leave.code != 1:
+            raise
+        status = _reader_gone()
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        status = 141
+        status = _reader_gone()
     sys.exit(status)
+
+
+def _reader_gone() -> int:
+    # The reader of our output has gone, as `| head` does: nobody is left to tell.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return 141
 
 
 def tell(error: KsmtraceError) -> None:

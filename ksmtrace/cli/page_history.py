@@ -56,6 +56,7 @@ def show_history(
                 {
                     "started_ns": reader.header.started_ns,
                     "lost": losses,
+                    "cut_off": reader.cut_off,
                     "rmap_items": [f"{item:#x}" for item in history.rmap_items],
                     "stable_nodes": [f"{node:#x}" for node in history.stable_nodes],
                     "events": [
@@ -70,7 +71,7 @@ def show_history(
             )
         )
         return
-    for line in _history_lines(file, reader.header, history, of, names, losses):
+    for line in _history_lines(file, reader.header, history, of, names, losses, reader.cut_off):
         click.echo(line)
 
 
@@ -81,6 +82,7 @@ def _history_lines(
     of: str,
     names: dict[int, str],
     losses: dict[str, int],
+    cut_off: str | None,
 ) -> Iterator[str]:
     from ksmtrace.events import KIND_BY_NUMBER
 
@@ -88,6 +90,8 @@ def _history_lines(
     if losses:
         total = sum(losses.values())
         yield f"INCOMPLETE: {total:,} events of the recording are lost; some may belong here"
+    if cut_off is not None:
+        yield f"INCOMPLETE: {cut_off}"
     if not len(history.events):
         yield "  no event touched it"
         return

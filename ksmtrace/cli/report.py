@@ -149,7 +149,11 @@ def _heading(file: Path, content: dict[str, Any]) -> Iterator[str]:
         yield from _selected(content)
     total = sum(count or 0 for count in content["events"].values())
     if content["complete"]:
-        yield f"COMPLETE: {total:,} events, none lost; ended because: {content['ended_because']}"
+        because = content["ended_because"]
+        ended = "" if because is None else f"; ended because: {because}"
+        yield f"COMPLETE: {total:,} events, none lost{ended}"
+        if content["cut_off"]:
+            yield f"  - the recording itself is INCOMPLETE: {content['cut_off']}"
     else:
         at_most = "up to " if content["selection"] and content["lost"] else ""
         yield f"INCOMPLETE: {total:,} events, {at_most}{content['lost']:,} lost"

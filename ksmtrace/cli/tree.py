@@ -15,7 +15,6 @@ from ksmtrace.errors import UsageError
 
 if TYPE_CHECKING:
     from ksmtrace.reconstruct.state import TreeState
-    from ksmtrace.recording.reader import RecordingReader
     from ksmtrace.stream import Header
 
 
@@ -105,13 +104,16 @@ def tree(
 
     from ksmtrace.cli.waiting import Waiting
     from ksmtrace.reconstruct.replay import Replay
+    from ksmtrace.stream import time_of
 
     at_ns = None
     with Waiting(f"reading {file}"):
+        # All of it: where it is damaged is to be said whatever time is asked about.
+        end_ns = max([reader.header.started_ns, *map(time_of, reader)])
         if at is not None:
-            at_ns = moment_ns(file, at, reader.header.started_ns, _end_ns(reader))
+            at_ns = moment_ns(file, at, reader.header.started_ns, end_ns)
         state = Replay(lambda: RecordingReader(file)).state_at(at_ns)
-    _show(file, reader.header, state, as_json, by, top)
+    _show(file, reader.header, state, as_json, by, top, reader.cut_off)
 
 
 def _show_live(as_json: bool, by: str | None, top: int | None) -> None:
@@ -120,7 +122,7 @@ def _show_live(as_json: bool, by: str | None, top: int | None) -> None:
 
     with Waiting() as waiting:
         header, state = read_live_tree(waiting.show)
-    _show(None, header, state, as_json, by, top)
+    _show(None, header, state, as_json, by, top, None)
 
 
 def _show(
@@ -130,37 +132,27 @@ def _show(
     as_json: bool,
     by: str | None,
     top: int | None,
+    cut_off: str | None,
 ) -> None:
     from ksmtrace.reconstruct.content import make_content
 
     if as_json:
-        click.echo(json.dumps(make_content(header, state, top)))
+        click.echo(json.dumps({**make_content(header, state, top), "cut_off": cut_off}))
         return
-    for line in tree_lines(file, header, state, by, top):
+    for line in tree_lines(file, header, state, by, top, cut_off):
         click.echo(line)
 
 
 def _verify(file: Path | None, as_json: bool) -> int:
     from ksmtrace.cli import verify
 
-    entries = verify.verify_live() if file is None else verify.verify_recording(file)
-    if as_json:
-        click.echo(json.dumps({"verify": entries}))
+    cut_off = None
+    if file is None:
+        entries = verify.verify_live()
     else:
-        click.echo("\n".join(verify.verify_lines(entries)))
+        entries, cut_off = verify.verify_recording(file)
+    if as_json:
+        click.echo(json.dumps({"verify": entries, "cut_off": cut_off}))
+    else:
+        click.echo("\n".join(verify.verify_lines(entries, cut_off)))
     return 1 if verify.nr_contradictions(entries) else 0
-
-
-def _end_ns(reader: RecordingReader) -> int:
-    """Return the last time that the recording tells of."""
-    from ksmtrace.stream import Batch, CounterSample, Losses, Trailer
-
-    end_ns = int(reader.header.started_ns)
-    for item in reader:
-        if isinstance(item, Batch) and len(item.events):
-            end_ns = max(end_ns, int(item.events["ts_ns"].max()))
-        elif isinstance(item, CounterSample):
-            end_ns = max(end_ns, item.end_ns)
-        elif isinstance(item, Losses | Trailer):
-            end_ns = max(end_ns, item.ts_ns)
-    return end_ns

@@ -20,15 +20,23 @@ _MOST_NAMES = 3
 
 
 def tree_lines(
-    file: Path | None, header: Header, state: TreeState, by: str | None, top: int | None
+    file: Path | None,
+    header: Header,
+    state: TreeState,
+    by: str | None,
+    top: int | None,
+    cut_off: str | None = None,
 ) -> Iterator[str]:
     """Yield the lines of a state: of a recording, or, without ``file``, of the running kernel.
 
     Args:
         by: show the one table of "node", "process", "chain" or "nid", whole; None for all.
         top: rows per table; None for as many as there is room for at a glance.
+        cut_off: why the recording ends before its time; None where it does not.
     """
     yield from _live_heading(header, state) if file is None else _heading(file, header, state)
+    if cut_off is not None:
+        yield from wrap(f"the recording itself is INCOMPLETE: {cut_off}", "  - ", "    ")
     yield ""
     yield from _totals(state)
     if by is None:

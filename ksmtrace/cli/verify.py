@@ -17,7 +17,7 @@ _PAIRS = {
 }
 
 
-def verify_recording(file: Path) -> list[dict[str, Any]]:
+def verify_recording(file: Path) -> tuple[list[dict[str, Any]], str | None]:
     """Compare at each moment of a recording at which the witnesses were read.
 
     Returns:
@@ -25,7 +25,8 @@ def verify_recording(file: Path) -> list[dict[str, Any]]:
         ``consistent`` (null where kernel memory was not read; false also where an event happened
         during the reading), ``why_not``, and one entry per pair
         that could be compared: ``compared``, ``differences`` (count by what and cause), and
-        ``contradictions`` (how many nothing explains).
+        ``contradictions`` (how many nothing explains). And why the recording ends before its
+        time, None where it does not.
 
     Raises:
         UsageError: nobody read the witnesses while it was made.
@@ -39,7 +40,8 @@ def verify_recording(file: Path) -> list[dict[str, Any]]:
     readings = [r for r in readings if r.memory is not None or r.pages is not None]
     if not readings:
         raise UsageError(
-            f"{file} holds no reading of the kernel's own state",
+            f"{file} holds no reading of the kernel's own state"
+            + (f" ({reader.cut_off})" if reader.cut_off else ""),
             "record with --witnesses, on a kernel whose memory or page maps can be read",
         )
     replay = Replay(lambda: RecordingReader(file))
@@ -57,7 +59,7 @@ def verify_recording(file: Path) -> list[dict[str, Any]]:
         if reading.pages is not None:
             entry |= _with_pages(state, reading.memory, reading.pages)
         found.append(entry)
-    return found
+    return found, reader.cut_off
 
 
 def find_undisturbed(stream: Any, readings: list[Any]) -> list[bool]:
@@ -75,7 +77,7 @@ def find_undisturbed(stream: Any, readings: list[Any]) -> list[bool]:
 
 
 def verify_live() -> list[dict[str, Any]]:
-    """Compare what can be read of the running kernel now; as :func:`verify_recording`.
+    """Compare what can be read of the running kernel now: moments as :func:`verify_recording`.
 
     Raises:
         KernelFeatureMissing: neither the kernel's memory nor what is mapped can be read.
@@ -216,8 +218,10 @@ def _counted(named: list[tuple[str, str]]) -> list[dict[str, Any]]:
     ]
 
 
-def verify_lines(entries: list[dict[str, Any]]) -> Iterator[str]:
+def verify_lines(entries: list[dict[str, Any]], cut_off: str | None) -> Iterator[str]:
     """Write the outcome for people, worst first to be seen: a contradiction is in capitals."""
+    if cut_off is not None:
+        yield f"the recording itself is INCOMPLETE: {cut_off}"
     for entry in entries:
         if entry["at_ns"] is None:
             yield "NOW"

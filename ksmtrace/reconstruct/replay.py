@@ -18,10 +18,9 @@ from ksmtrace.stream import (
     Item,
     Losses,
     ProcessSeen,
-    StackSeen,
     Stream,
     Trailer,
-    Witnessed,
+    time_of,
 )
 
 CHECKPOINT_EVENTS = 1 << 21
@@ -74,9 +73,6 @@ class Replay:
 
         Args:
             at_ns: CLOCK_MONOTONIC; None for the end. What happened at that very time counts.
-
-        Raises:
-            RecordingError: a block of the recording is damaged.
         """
         stream = self._open()
         fold, nr_items, known_ns = Fold(stream.header), 0, 0
@@ -100,7 +96,7 @@ class Replay:
                 fold.take_events(item.events[:until])
                 self.nr_folded += until
                 known_ns = int(known[-1])
-            elif at_ns is None or _time_of(item) <= at_ns or isinstance(item, ProcessSeen):
+            elif at_ns is None or time_of(item) <= at_ns or isinstance(item, ProcessSeen):
                 fold.take(item)
             elif isinstance(item, Losses) and not tallied:
                 # What was lost by then is in the first reading of the tallies afterwards.
@@ -122,7 +118,7 @@ class Replay:
         settled_ns = max([settled_ns, *(ts_ns for nr, ts_ns in entered if nr <= come)])
         cut_off = getattr(stream, "cut_off", None)
         if cut_off and fold.last_ns > settled_ns:
-            fold.incomplete.append(Incomplete(settled_ns, f"it was cut off: {cut_off}"))
+            fold.incomplete.append(Incomplete(settled_ns, cut_off))
         return take_snapshot(fold)
 
     def _keep(self, checkpoint: _Checkpoint) -> None:
@@ -171,9 +167,3 @@ def iter_states(stream: Stream) -> Iterator[tuple[CounterSample, TreeState]]:
                 yield waiting, take_snapshot(fold)
             waiting = item if isinstance(item, CounterSample) else None
         fold.take(item)
-
-
-def _time_of(
-    item: CounterSample | Losses | ProcessSeen | StackSeen | Witnessed | Trailer,
-) -> int:
-    return item.end_ns if isinstance(item, CounterSample | Witnessed) else item.ts_ns

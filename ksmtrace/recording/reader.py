@@ -32,7 +32,9 @@ from ksmtrace.stream import (
     StackSeen,
     Trailer,
     Witnessed,
+    time_of,
 )
+from ksmtrace.units import text_duration
 
 # Before every message of an Arrow stream, the first of which holds the header.
 _STREAM_BEGIN = b"\xff\xff\xff\xff"
@@ -47,19 +49,21 @@ _UNDECODABLE = (
 class RecordingReader:
     """One recording, read as a stream.
 
-    Iterating yields the items; :attr:`cut_off` then says whether the file ended before its
-    trailer, and why that is believed. A batch is yielded only after the checksum that follows it
-    was found right, except the last one of a file that was cut off, which has none.
+    Iterating yields the items up to where the file ends or is damaged; :attr:`cut_off` then says
+    whether that was before its trailer, and why that is believed. A batch is yielded only after
+    the checksum that follows it was found right, except the last one of a file that ends early,
+    which has none.
 
     Attributes:
         header: what was true before the first event.
-        cut_off: None while unread or complete, else why the recording is incomplete.
+        cut_off: None while unread or complete, else one sentence about "it", the recording, that
+            says why it is incomplete.
 
     Raises:
         RecordingError: the file cannot be opened.
         ForeignRecording: the file is no recording.
         UnsupportedFormat: a newer ksmtrace wrote it.
-        DamagedRecording: the file's header, or (while iterating) a block, does not decode.
+        DamagedRecording: the file's header does not decode.
     """
 
     def __init__(self, path: Path) -> None:
@@ -92,48 +96,61 @@ class RecordingReader:
         try:
             self.header = Header(**json.loads(metadata[HEADER_KEY]))
         except _UNDECODABLE as error:
-            raise DamagedRecording(f"{path} is damaged: its header does not decode") from error
+            raise DamagedRecording(
+                f"{path} is damaged: its header does not decode",
+                "the file was changed after it was written, or its disk failed: restore it from a "
+                "copy",
+            ) from error
 
     def __iter__(self) -> Iterator[Item]:
-        """Yield the items in order.
-
-        Raises:
-            DamagedRecording: a block does not decode or its checksum is wrong.
-        """
+        """Yield the items in order."""
         held: list[Item] = []
         self._gathering = None
+        told_ns = self.header.started_ns
         crc = 0
         checked = 0
-        ended = False
-        while True:
+        ended = damaged = False
+        while not damaged:
             position = self._source.tell()
             try:
                 batch, metadata = self._reader.read_next_batch_with_custom_metadata()
             except StopIteration:
                 break
-            except _UNDECODABLE as error:
+            except _UNDECODABLE:
                 # Of a block that was cut off, Arrow has read all there is.
                 left = len(self._content) - position
-                if self._source.tell() < len(self._content) or left > MESSAGE_BYTES:
-                    raise self._damaged(position) from error
-                self.cut_off = f"the file ends in the middle of a block (byte {position})"
+                damaged = self._source.tell() < len(self._content) or left > MESSAGE_BYTES
+                if not damaged:
+                    where = f"the file ends in the middle of a block (byte {position:,})"
+                    self.cut_off = f"it was cut off: {where}"
                 break
             # The first batch is written together with the header, so none is before it.
             if metadata is None or metadata.get(CRC_KEY) != str(crc).encode():
-                raise self._damaged(position)
+                damaged = True
+                break
             begin, checked = checked, self._source.tell()
             crc = zlib.crc32(self._content[begin:checked], crc)
             # The trailer counts once the seal that the writer puts behind it has confirmed it.
             ended = ended or any(isinstance(item, Trailer) for item in held)
+            told_ns = max([told_ns, *map(time_of, held)])
             yield from held
             held = []
             try:
                 held = list(self._items(batch))
-            except _UNDECODABLE as error:
-                raise self._damaged(position) from error
-        yield from held
-        if not ended and self.cut_off is None:
-            self.cut_off = "the file ends before its trailer"
+            except _UNDECODABLE:
+                damaged = True
+        if damaged:
+            # What no checksum has confirmed may be what is damaged.
+            self.cut_off = (
+                f"it is damaged before or at byte {position:,} of {len(self._content):,}: read up "
+                f"to {text_duration(told_ns - self.header.started_ns)}, and nothing after that"
+            )
+        else:
+            yield from held
+        if ended:
+            self.cut_off = None
+        elif self.cut_off is None:
+            self.cut_off = "it was cut off: the file ends before its trailer"
 
     def _items(self, batch: pa.RecordBatch) -> Iterator[Item]:
         """Yield the items of one record batch: a run of events, or one note per row."""
@@ -165,12 +182,6 @@ class RecordingReader:
         return ForeignRecording(
             f"{self.path} is no ksmtrace recording{or_cut_off}",
             "make one with `ksmtrace record -o FILE`",
-        )
-
-    def _damaged(self, position: int) -> DamagedRecording:
-        return DamagedRecording(
-            f"{self.path} is damaged before or at byte {position}",
-            "the file was changed after it was written, or its disk failed; restore it from a copy",
         )
 
 

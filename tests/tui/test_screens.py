@@ -99,13 +99,12 @@ def test_a_recording_that_is_damaged_shows_what_came_before(tui, tmp_path):
 
     async def act(pilot, app):
         text = tui.text_of(app)
-        assert text.startswith("FAILED")
         # Where it is broken into lines, the length of the path decides.
-        assert "is damaged before or at byte" in " ".join(text.split())
+        assert "the recording is damaged before or at byte" in " ".join(text.split())
         assert app.shown.picture.nr_events > 0
 
     app = tui.drive(ReplayEngine(path, at_end=True), act)
-    assert app.engine.failure.exit_status == 5
+    assert app.engine.failure is None
 
 
 def test_what_is_not_visible_is_said_and_is_no_zero(tui):

@@ -191,13 +191,41 @@ def test_a_file_that_is_not_there_or_a_directory_is_status_5(tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_damage_is_status_5_and_prints_no_report(tmp_path):
-    content = bytearray((GOLDENS / "lifetime.ksmt").read_bytes())
-    content[len(content) // 2] ^= 255
-    (tmp_path / "f").write_bytes(content)
+@pytest.fixture
+def damaged(tmp_path) -> Path:
+    content = bytearray((GOLDENS / "guest-6.12-witnessed.ksmt").read_bytes())
+    content[len(content) * 3 // 4] ^= 255
+    path = tmp_path / "damaged.ksmt"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("report",), ("report", "--until", "1"), ("check",), ("tree",), ("tree", "--at", "1"),
+        ("tree", "--pfn", "1"), ("tree", "--verify"),
+    ],
+)  # fmt: skip
+def test_damage_is_said_first_and_what_came_before_is_told(damaged, command):
+    name, *options = command
+    for as_json in ((), ("--json",)):
+        done = run(name, damaged, *options, *as_json)
+        assert (done.returncode, done.stderr) == (0, "")
+        head = " ".join(done.stdout[:3000].split())
+        assert "is damaged before or at byte" in (done.stdout if as_json else head)
+        if as_json:
+            json.loads(done.stdout)
+        else:
+            assert "INCOMPLETE" in head or "the recording is incomplete" in head
+
+
+def test_a_damaged_header_is_status_5_and_prints_no_report(tmp_path):
+    content = (GOLDENS / "lifetime.ksmt").read_bytes()
+    (tmp_path / "f").write_bytes(content.replace(b'"started_ns"', b'"sta\x00ted_ns"', 1))
     done = run("report", tmp_path / "f")
     assert (done.returncode, done.stdout) == (5, "")
-    assert "is damaged" in done.stderr
+    assert "its header does not decode" in done.stderr and "HINT: " in done.stderr
 
 
 def test_a_closed_pipe_is_no_error():
@@ -208,6 +236,17 @@ def test_a_closed_pipe_is_no_error():
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.stderr == ""
+
+
+def test_a_closed_pipe_is_no_violated_claim():
+    # Larger than a pipe holds, so that the writer meets the closed end.
+    program = f"{sys.executable} -c 'import ksmtrace.cli as c; c.main()'"
+    file = GOLDENS / "guest-6.12-witnessed.ksmt"
+    done = subprocess.run(
+        ["bash", "-c", f"{program} report --json '{file}' | true; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 @pytest.mark.parametrize(

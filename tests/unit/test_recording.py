@@ -5,6 +5,7 @@ import functools
 import gc
 import json
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -33,7 +34,17 @@ from ksmtrace.recording.format import BATCH_EVENTS, FORMAT_VERSION, KINDS_KEY, V
 from ksmtrace.recording.reader import RecordingReader
 from ksmtrace.recording.witness import iter_notes
 from ksmtrace.recording.writer import RecordingWriter
-from ksmtrace.stream import Batch, CounterSample, Header, Losses, ProcessSeen, Trailer, Witnessed
+from ksmtrace.stream import (
+    Batch,
+    CounterSample,
+    Header,
+    Losses,
+    ProcessSeen,
+    Trailer,
+    Witnessed,
+    time_of,
+)
+from ksmtrace.units import text_duration
 
 GOLDENS = Path(__file__).parents[1] / "golden" / "recordings"
 NAMES = sorted(path.stem for path in GOLDENS.glob("*.ksmt"))
@@ -190,7 +201,7 @@ def test_events_before_an_item_are_readable_as_soon_as_the_item_is_written(tmp_p
     writer.write(LOSSES)
     items, cut_off, error = read_what_there_is(path)
     assert plain(items) == plain([Batch(make_events(5)), LOSSES])
-    assert cut_off == "the file ends before its trailer"
+    assert cut_off == "it was cut off: the file ends before its trailer"
     assert error is None
     writer.abandon()
 
@@ -303,8 +314,8 @@ def test_a_block_that_is_lost_from_the_middle_is_damage(tmp_path, reduced):
     _, _, begin, end, *_ = boundaries(reduced)
     path = tmp_path / "f"
     path.write_bytes(content[:begin] + content[end:])
-    items, _, error = read_what_there_is(path)
-    assert isinstance(error, DamagedRecording)
+    items, cut_off, error = read_what_there_is(path)
+    assert error is None and cut_off.startswith("it is damaged before or at byte")
     assert is_prefix(plain(items), plain(RecordingReader(reduced)))
 
 
@@ -316,18 +327,38 @@ def test_a_flipped_bit_in_a_block_is_damage_and_not_a_cut(tmp_path, reduced):
         content = bytearray(reduced.read_bytes())
         content[place] ^= 16
         path.write_bytes(content)
-        assert isinstance(read_what_there_is(path)[2], DamagedRecording), place
+        assert "damaged" in read_what_there_is(path)[1], place
 
 
-def test_the_message_of_damage_is_one_line_with_a_hint(tmp_path, reduced):
-    content = bytearray(reduced.read_bytes())
-    content[boundaries(reduced)[1] + 900] ^= 255
+def test_what_came_before_damage_is_read_and_where_it_is_is_said(tmp_path):
+    original = GOLDENS / "guest-7.x-churn.ksmt"
+    content = bytearray(original.read_bytes())
+    place = len(content) * 3 // 4
+    content[place] ^= 255
     path = tmp_path / "f"
     path.write_bytes(content)
-    _, _, error = read_what_there_is(path)
-    assert isinstance(error, DamagedRecording)
-    assert "\n" not in str(error) and error.hint and "\n" not in error.hint
-    assert str(path) in str(error)
+    items, cut_off, error = read_what_there_is(path)
+    assert error is None
+    assert is_prefix(plain(items), golden_items("guest-7.x-churn"))
+    *_, before, after = [at for at in boundaries(original) if at <= place][-2:] + [
+        at for at in boundaries(original) if at > place
+    ][:1]
+    said = re.fullmatch(
+        r"it is damaged before or at byte ([\d,]+) of ([\d,]+): read up to (\S+ m?s), and nothing "
+        "after that",
+        cut_off,
+    )
+    assert before <= int(said[1].replace(",", "")) <= after
+    assert int(said[2].replace(",", "")) == len(content)
+    told_ns = max(map(time_of, items)) - RecordingReader(path).header.started_ns
+    assert said[3] == text_duration(told_ns)
+
+
+def test_damage_behind_the_trailer_takes_nothing_away(tmp_path, reduced):
+    path = tmp_path / "f"
+    path.write_bytes(reduced.read_bytes()[:-8] + bytes(range(1, 200)))
+    items, cut_off, error = read_what_there_is(path)
+    assert (plain(items), cut_off, error) == (plain(RecordingReader(reduced)), None, None)
 
 
 # --- files that are no recordings
@@ -505,7 +536,11 @@ def test_a_failed_write_keeps_what_was_written_and_says_so(tmp_path, monkeypatch
     assert f"first {size} bytes" in (caught.value.hint or "")
     (batch, *items), cut_off, error = read_what_there_is(path)
     assert len(batch.events) == writer.written_events == 7
-    assert (items, cut_off, error) == ([LOSSES], "the file ends before its trailer", None)
+    assert (items, cut_off, error) == (
+        [LOSSES],
+        "it was cut off: the file ends before its trailer",
+        None,
+    )
 
 
 def test_an_error_inside_the_block_leaves_an_incomplete_file(tmp_path):
@@ -514,7 +549,7 @@ def test_an_error_inside_the_block_leaves_an_incomplete_file(tmp_path):
         raise ZeroDivisionError
     assert read_what_there_is(tmp_path / "f") == (
         [LOSSES],
-        "the file ends before its trailer",
+        "it was cut off: the file ends before its trailer",
         None,
     )
 
