@@ -7,6 +7,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from typing import ClassVar
 from textual import work
 from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
+from textual.command import CommandPalette
 from textual.containers import Container, VerticalScroll
 from textual.content import Content
 from textual.events import Resize
@@ -44,6 +46,9 @@ from .tables import Table, View
 LEAST_COLUMNS, LEAST_ROWS = 80, 24
 _TICK_S = 0.1
 _JUDGE_S = 5.0
+_JUDGE_BEHIND_S = 30.0  # while another screen is shown: for the alarms
+_MOST_JUDGE_SHARE = 4  # at most a fifth of the time goes into claims
+_MOST_JUDGED_UNASKED = 1_000_000  # events of a recording
 
 TABS = ("overview", "processes", "trees", "outcomes", "locks", "claims", "events")
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
@@ -71,30 +76,33 @@ class Top(App[int]):
         ),
         Binding("tab", "next_tab(1)", "next", show=False, priority=True),
         Binding("shift+tab", "next_tab(-1)", "before", show=False, priority=True),
+        # In the order in which the bar shows them: the last ones give way on a narrow terminal.
         Binding("question_mark,f1", "help", "help", key_display="?"),
+        Binding("q", "quit", "quit"),
+        # Also out of what is open over a screen, and from a line that is being typed in.
+        Binding("ctrl+c", "quit", "quit", show=False, priority=True),
         Binding("slash", "search", "search", key_display="/"),
         Binding("s", "sort(1)", "sort"),
         Binding("S", "reverse", "other way round", show=False),
         Binding("g", "group", "group"),
         Binding("space", "freeze", "pause"),
         Binding("r", "record", "record"),
+        Binding("left_square_bracket", "seek(-0.05)", "back", key_display="["),
+        Binding("right_square_bracket", "seek(0.05)", "on", key_display="]"),
+        Binding("full_stop", "step", "step", key_display="."),
         Binding("k", "knobs", "knobs"),
         Binding("e", "export('csv')", "export"),
+        Binding("x", "exact", "exact"),
         Binding("E", "export('json')", "export as JSON", show=False),
         Binding("p", "picture", "picture", show=False),
-        Binding("x", "exact", "exact"),
         Binding("w", "savings", "page truth", show=False),
         Binding("J", "judge", "judge the claims", show=False),
         Binding("t", "theme", "theme", show=False),
         Binding("escape", "forget_search", "all", show=False),
-        Binding("left_square_bracket", "seek(-0.05)", "back", key_display="["),
-        Binding("right_square_bracket", "seek(0.05)", "on", key_display="]"),
         Binding("left_curly_bracket", "seek_to(0)", "begin", show=False),
         Binding("right_curly_bracket", "seek_to(1)", "end", show=False),
-        Binding("full_stop", "step", "step", key_display="."),
         Binding("plus,equals_sign", "faster(1)", "faster", show=False),
         Binding("minus", "faster(-1)", "slower", show=False),
-        Binding("q,ctrl+c", "quit", "quit", priority=False),
     ]
 
     def __init__(self, engine: Engine, title: str = "") -> None:
@@ -109,7 +117,8 @@ class Top(App[int]):
             name: View(by=spec.ways[0] if spec.ways else "") for name, spec in SPECS.items()
         }
         self._drawn: tuple[object, ...] = ()
-        self._judged_s = 0.0
+        self._judged_s = -math.inf
+        self._begun_s = 0.0
         self._regions: tuple[str, ...] | None = None
         self._is_built = False
 
@@ -172,6 +181,7 @@ class Top(App[int]):
         self.query_one("#small", Static).update(
             f"ksmtrace top needs {LEAST_COLUMNS}×{LEAST_ROWS}; this is {size.width}×{size.height}"
         )
+        self._draw_tabs()
         self.redraw()
 
     def redraw(self) -> None:
@@ -185,6 +195,7 @@ class Top(App[int]):
             status = failure.exit_status if failure else 1
             self.exit(status, return_code=status)
             return
+        self._keep_judging(shown)
         now = (shown.number, self.tab, self._look, tuple(self._views.items()), len(self.changed))
         if now == self._drawn:
             return
@@ -196,8 +207,6 @@ class Top(App[int]):
         for screen in self.screen_stack[1:]:
             if isinstance(screen, Details):
                 screen.redraw()
-        if self.tab == "claims":
-            self._keep_judging(shown)
 
     def _draw_tab(self, root: Screen[object], shown: Shown) -> None:
         name = self.tab
@@ -257,14 +266,19 @@ class Top(App[int]):
             parts.append(f"[@click=app.tab('{name}')]{shown}[/]")
         root = self.screen_stack[0]
         root.query_one("#tabs", Static).update("".join(parts), layout=False)
-        keys = [
-            Content.assemble(
+        keys = []
+        room = self._look.width + 1
+        for one in self.BINDINGS:
+            if not (isinstance(one, Binding) and one.show and self._offers(one.action)):
+                continue
+            key = Content.assemble(
                 (one.key_display or one.key.partition(",")[0], "bold $accent"),
                 f" {one.description}",
-            ).stylize(Style.from_meta({"@click": f"app.{one.action}"}))
-            for one in self.BINDINGS
-            if isinstance(one, Binding) and one.show and self._offers(one.action)
-        ]
+            )
+            room -= key.cell_length + 1
+            if room < -1:
+                break
+            keys.append(key.stylize(Style.from_meta({"@click": f"app.{one.action}"})))
         root.query_one("#keys", Static).update(Content(" ").join(keys), layout=False)
 
     def _offers(self, action: str) -> bool | None:
@@ -300,9 +314,14 @@ class Top(App[int]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer only what can be done here."""
-        over = self._is_built and len(self.screen_stack) > 1
+        # What is chosen in the palette is done when it has closed.
+        over = self._is_built and (
+            len(self.screen_stack) - isinstance(self.screen, CommandPalette) > 1
+        )
         table = self._is_built and self.tab in SPECS
-        if action in ("search", "sort", "reverse", "forget_search"):
+        if action in ("sort", "reverse"):
+            return table and self.tab != "events" and not over
+        if action in ("search", "forget_search"):
             return table and not over
         if action == "group":
             return bool(table and SPECS[self.tab].ways) and not over
@@ -361,9 +380,6 @@ class Top(App[int]):
 
     def action_sort(self, by: int) -> None:
         """Sort by the next column."""
-        if self.tab == "events":
-            self.notify("events stay in the order in which they happened")
-            return
         names = ["", *(column.name for column in self._listing().table.columns)]
         view = self._views[self.tab]
         at = names.index(view.sort) if view.sort in names else 0
@@ -451,8 +467,17 @@ class Top(App[int]):
     def _keep_judging(self, shown: Shown) -> None:
         if shown.picture is None:
             return
-        again = self.engine.is_live and time.monotonic() - self._judged_s > _JUDGE_S
-        if shown.judged is None or again:
+        self._begun_s = self._begun_s or time.monotonic()
+        asked, judged = self.tab == "claims", shown.judged
+        if judged is None:
+            few = self.engine.is_live or shown.picture.nr_events <= _MOST_JUDGED_UNASKED
+            due_s = 0.0 if asked else self._begun_s + _JUDGE_S if few else math.inf
+        elif self.engine.is_live and shown.phase not in (Phase.ENDED, Phase.FAILED):
+            wait_s = _JUDGE_S if asked else _JUDGE_BEHIND_S
+            due_s = self._judged_s + wait_s + _MOST_JUDGE_SHARE * judged.took_s
+        else:
+            return
+        if time.monotonic() >= due_s:
             self.action_judge()
 
     def action_judge(self) -> None:
@@ -616,7 +641,13 @@ class Top(App[int]):
             ("Search", "only rows that hold some words", "search"),
             ("Sort", "by the next column", "sort(1)"),
             ("Group", "put rows together another way", "group"),
+            ("Other way round", "sort so", "reverse"),
             ("Pause or go on", "hold the picture", "freeze"),
+            ("Step", "a quarter of a second on", "step"),
+            ("Faster", "replay so", "faster(1)"),
+            ("Slower", "replay so", "faster(-1)"),
+            ("To the begin", "of the recording", "seek_to(0)"),
+            ("To the end", "of the recording", "seek_to(1)"),
             ("Record", "from the moment before; again: end", "record"),
             ("Change a knob", "after a confirmation", "knobs"),
             ("Export as CSV", "the table of this screen", "export('csv')"),

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ksmtrace.analysis.live import Live
-    from ksmtrace.recording.excerpt import Backlog, Excerpt
-    from ksmtrace.stream import Batch, CounterSample, Header, Item, Stream
+    from ksmtrace.recording.excerpt import Backlog, Excerpt, Remembered
+    from ksmtrace.stream import Batch, CounterSample, Header, Item
 
 MOST_WAITING_EVENTS = 1 << 20
 """More than that are left out of the picture: 56 MiB, a second's worth of a million a second."""
@@ -130,7 +130,7 @@ class LiveEngine(Engine):
         finally:
             self._reading_savings = False
 
-    def _to_judge(self) -> tuple[Stream | None, str]:
+    def _to_judge(self) -> tuple[Path | Remembered | None, str]:
         backlog = self._backlog
         with self._recording:
             stream = backlog.stream() if backlog is not None else None

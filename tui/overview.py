@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ksmtrace.stream import CounterSample
 
 _STALE_INTERVALS = 3
+_MOST_FAULTS = 3
 _LEAST_ATTEMPTS = 100
 _BAD_SUCCESS_RATE = 0.5
 _LONG_PASS_NS = 600_000_000_000
@@ -73,10 +74,23 @@ def alarms(shown: Shown) -> list[tuple[str, str]]:
     if picture.losses is not None:
         for target, times in picture.losses.missed.items():
             found.append((WARN, f"the kernel left out the program on {target} {times:,} times"))
+    found += _claim_alarms(shown)
     found += _book_alarms(picture)
     if picture.trailer is not None:
         found += [(WARN, notice) for notice in picture.trailer.notices]
     return found + _sample_alarms(shown, picture)
+
+
+def _claim_alarms(shown: Shown) -> list[tuple[str, str]]:
+    judged = shown.judged
+    faults = [one for one in judged.judgements if one.is_fault] if judged else []
+    found = [
+        (BAD, f"{one.claim.id} is violated: {one.finding.observed} (6 shows the evidence)")
+        for one in faults[:_MOST_FAULTS]
+    ]
+    if len(faults) > _MOST_FAULTS:
+        found.append((BAD, f"{len(faults) - _MOST_FAULTS} more claims are violated"))
+    return found
 
 
 def _book_alarms(picture: Picture) -> list[tuple[str, str]]:

@@ -18,7 +18,8 @@ from .moment import Phase, Position
 
 if TYPE_CHECKING:
     from ksmtrace.analysis.live import Live
-    from ksmtrace.stream import Batch, Item, Stream
+    from ksmtrace.recording.excerpt import Remembered
+    from ksmtrace.stream import Batch, Item
 
 _MOST_JUDGED_EVENTS = 5_000_000
 _STEP_NS = 250_000_000
@@ -101,13 +102,11 @@ class ReplayEngine(Engine):
         self._commands.append((command, by))
         self._asked.set()
 
-    def _to_judge(self) -> tuple[Stream | None, str]:
-        from ksmtrace.recording.reader import RecordingReader
-
+    def _to_judge(self) -> tuple[Path | Remembered | None, str]:
         picture = self.shown.picture
         if picture is not None and picture.nr_events > _MOST_JUDGED_EVENTS:
             return None, f"it is long: ksmtrace check {self._path} judges it"
-        return RecordingReader(self._path), "the whole recording"
+        return self._path, "the whole recording"
 
     # ---- the thread that plays ----
 

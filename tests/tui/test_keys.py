@@ -260,3 +260,43 @@ def test_seeking_back_folds_again_only_what_came_since(tui, monkeypatch):
             assert rows.tobytes() == fresh_rows.tobytes(), table
     # They went on from what was known a hundred events or so before.
     assert all(count > 2000 for count in begun), begun
+
+
+@pytest.mark.parametrize("opens", ["question_mark", "slash", "ctrl+p"])
+def test_ctrl_c_ends_it_whatever_is_open(tui, opens):
+    async def act(pilot, app):
+        await pilot.press("2", opens)
+        await tui.until(pilot, lambda: len(app.screen_stack) == 2)
+        await pilot.press("ctrl+c")
+        await tui.until(pilot, lambda: app._exit)
+
+    assert tui.drive(tui.replay("cow"), act).return_code == 0
+
+
+def test_the_palette_finds_what_has_a_key(tui, tmp_path):
+    async def act(pilot, app):
+        await pilot.press("2", "ctrl+p")
+        await tui.until(pilot, lambda: len(app.screen_stack) == 2)
+        titles = {one.title for one in app.get_system_commands(app.screen)}
+        assert {"Export as CSV", "Search", "Step", "To the end", "Light or dark"} <= titles
+        assert "Record" not in titles and "Change a knob" not in titles
+        await pilot.press(*"export as csv")
+        await tui.until(pilot, lambda: "the table of this screen" in tui.text_of(app))
+        await pilot.press("enter")
+        await tui.until(pilot, lambda: any(tmp_path.iterdir()))
+
+    tui.drive(tui.replay("cow"), act)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".csv"]
+
+
+@pytest.mark.parametrize("is_live", [False, True])
+def test_the_bar_of_keys_is_cut_at_no_key(tui, is_live):
+    async def act(pilot, app):
+        for key in "1234567":
+            await pilot.press(key)
+            await tui.drawn(pilot)
+            bar = tui.text_of(app).splitlines()[-1]
+            assert len(bar) <= 80 and "q quit" in bar and "? help" in bar
+            assert bar.split()[-2] in ("x", "e", "k", ".")
+
+    tui.drive(tui.live_engine("cow") if is_live else tui.replay("cow"), act)
