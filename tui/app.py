@@ -13,6 +13,7 @@ import re
 import signal
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -42,6 +43,7 @@ from .outcomes import outcomes
 from .overview import overview
 from .specs import SPECS, figures
 from .tables import Table, View
+from .themes import DARK, LIGHT, themes
 
 LEAST_COLUMNS, LEAST_ROWS = 80, 24
 _TICK_S = 0.1
@@ -111,6 +113,9 @@ class Top(App[int]):
         self.changed: dict[str, str] = {}
         self.nr_draws = 0
         self.animation_level = "none"
+        for theme in themes():
+            self.register_theme(theme)
+        self.theme = DARK
         self._title = title
         self._look = Look(LEAST_COLUMNS)
         self._views = {
@@ -229,6 +234,8 @@ class Top(App[int]):
         lines: list[Line] = []
         if name == "trees":
             lines += nodes.tree_summary(shown, self._look)
+        elif name == "processes":
+            lines += processes.processes_gap(shown, self._look)
         elif name == "claims":
             lines += judged.claims_heading(shown, view, self._look)
         said: Line = []
@@ -240,12 +247,13 @@ class Top(App[int]):
                 (view.search, draw.BOLD),
                 ("  esc: all  ", draw.MUTED),
             ]
-        what = {"processes": "rows", "trees": "rows", "claims": "rows", "events": "events kept"}
+        what = dict.fromkeys(SPECS, "rows") | {"events": "events kept"}
         if table.nr_rows > len(table.rows):
             which = "last" if name == "events" else "first"
             said.append((f"the {which} {len(table.rows):,} of {table.nr_rows:,} {what[name]}", ""))
         elif name in ("processes", "events"):
-            said.append((f"{table.nr_rows:,} {what[name]}", ""))
+            of = what[name] if table.nr_rows != 1 else what[name].replace("s", "", 1)
+            said.append((f"{table.nr_rows:,} {of}", ""))
         picture = shown.picture
         if name == "processes" and picture is not None and picture.processes_forgotten:
             gone = picture.processes_forgotten
@@ -272,7 +280,7 @@ class Top(App[int]):
             if not (isinstance(one, Binding) and one.show and self._offers(one.action)):
                 continue
             key = Content.assemble(
-                (one.key_display or one.key.partition(",")[0], "bold $accent"),
+                (one.key_display or one.key.partition(",")[0], "bold $said-bar"),
                 f" {one.description}",
             )
             room -= key.cell_length + 1
@@ -350,13 +358,11 @@ class Top(App[int]):
 
     def action_theme(self) -> None:
         """Change between dark and light."""
-        self.theme = "textual-light" if self.current_theme.dark else "textual-dark"
+        self.theme = LIGHT if self.current_theme.dark else DARK
 
     # ---- tables ----
 
     def _change_view(self, **changes: object) -> None:
-        from dataclasses import replace
-
         self._views[self.tab] = replace(self._views[self.tab], **changes)  # type: ignore[arg-type]
         self.redraw()
 
@@ -528,13 +534,16 @@ class Top(App[int]):
     def action_export(self, form: str) -> None:
         """Write the table of this screen to a file."""
         table = (
-            SPECS[self.tab].make(self.shown, self._views[self.tab])
+            SPECS[self.tab].make(self.shown, replace(self._views[self.tab], most=None))
             if self.tab in SPECS
             else figures(self.shown)
         )
         path = Path(time.strftime(f"ksmtrace-top-{self.tab}-%Y%m%d-%H%M%S.{form}")).absolute()
         text = table_as_csv(table) if form == "csv" else table_as_json(table)
-        self._write(path, text, f"{len(table.rows):,} rows")
+        rows = f"{len(table.rows):,} rows"
+        if table.nr_rows > len(table.rows):
+            rows = f"the first {rows} of {table.nr_rows:,}"
+        self._write(path, text, rows)
 
     def action_picture(self) -> None:
         """Write the screen to an SVG file."""

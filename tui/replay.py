@@ -136,14 +136,17 @@ class ReplayEngine(Engine):
                         last_s = self._now_s()
                 self._asked.clear()
         except KsmtraceError as error:
-            self.failure = error
-            hint = f" ({error.hint})" if error.hint else ""
-            changes: dict[str, Any] = {"phase": Phase.FAILED, "says": f"{error}{hint}"}
-            if player is not None:
-                changes["picture"] = player.live.picture(all_of_it=True)
-                at_ns = player.live.at_ns - self._reader.header.started_ns
-                changes["position"] = Position(at_ns, max(self._length_ns, at_ns), self._speed)
-            self._publish(**changes)
+            self._tell_failure(player, error)
+
+    def _tell_failure(self, player: _Player | None, error: KsmtraceError) -> None:
+        # What came before it can still be gone to.
+        self.failure = error
+        hint = f" ({error.hint})" if error.hint else ""
+        changes: dict[str, Any] = {"phase": Phase.FAILED, "says": f"{error}{hint}"}
+        if player is not None:
+            changes["picture"] = player.live.picture(all_of_it=True)
+            changes["position"] = Position(self._length_ns, self._length_ns, self._speed)
+        self._publish(**changes)
 
     def _measure(self) -> None:
         from ksmtrace.analysis.live import time_of
@@ -214,7 +217,8 @@ class ReplayEngine(Engine):
                 next_s = time.monotonic() + PICTURE_S
                 self._tell(player, Phase.SEEKING, False)
         if whole and player.error is not None:
-            raise player.error
+            self._tell_failure(player, player.error)
+            return
         phase = Phase.ENDED if whole else Phase.PAUSED if self._paused else Phase.PLAYING
         self._tell(player, phase, self._paused or whole)
 

@@ -10,8 +10,9 @@ import pytest
 
 from ksmtrace.analysis.recorded import gather
 from ksmtrace.recording.reader import RecordingReader
-from ksmtrace.tui import replay
+from ksmtrace.tui import nodes, replay
 from ksmtrace.tui.moment import Phase
+from ksmtrace.tui.tables import View
 
 
 def test_processes_are_sorted_searched_grouped_and_opened(tui):
@@ -300,3 +301,23 @@ def test_the_bar_of_keys_is_cut_at_no_key(tui, is_live):
             assert bar.split()[-2] in ("x", "e", "k", ".")
 
     tui.drive(tui.live_engine("cow") if is_live else tui.replay("cow"), act)
+
+
+def test_an_export_holds_what_the_screen_has_no_room_for(tui, tmp_path):
+    async def act(pilot, app):
+        await pilot.press("7", "e")
+        await tui.until(pilot, lambda: any(tmp_path.iterdir()))
+        assert app.query_one("#events-table").row_count == 200
+
+    tui.drive(tui.replay("guest-7.x-churn"), act)
+    (path,) = tmp_path.iterdir()
+    assert len(list(csv.DictReader(path.open()))) == 3079
+
+
+def test_all_chains_are_counted_searched_and_sorted(tui):
+    engine = tui.replay("guest-6.12-witnessed")
+    tui.drive(engine, lambda pilot, app: tui.drawn(pilot))
+    table = nodes.trees(engine.shown, View(by="chains", most=2))
+    assert len(table.rows) == 2 and table.nr_rows == 13
+    whole = nodes.trees(engine.shown, View(by="chains"))
+    assert sum(row.values["sharers"] for row in whole.rows) == 306
