@@ -260,6 +260,9 @@ class LiveEngine(Engine):
     # ---- the thread that folds ----
 
     def _fold(self) -> None:
+        # While the programs are loaded, which leaves it the time.
+        from ksmtrace.analysis.live import Live
+
         live: Live | None = None
         next_s = 0.0
         while True:
@@ -267,8 +270,6 @@ class LiveEngine(Engine):
             self._come.clear()
             ended = self._capture_ended.is_set()
             if live is None and self._header is not None:
-                from ksmtrace.analysis.live import Live
-
                 live = Live(self._header)
             taken = True
             while live is not None and taken:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -150,8 +151,10 @@ class ReplayEngine(Engine):
 
     def _measure(self) -> None:
         from ksmtrace.analysis.live import time_of
+        from ksmtrace.recording.reader import RecordingReader
 
-        reader = self._reader
+        self._measured_bytes = self._path.stat().st_size
+        reader = self._reader = RecordingReader(self._path)
         end_ns = reader.header.started_ns
         try:
             for item in reader:
@@ -164,13 +167,22 @@ class ReplayEngine(Engine):
         self._cut_off = reader.cut_off or ""
         self._length_ns = end_ns - reader.header.started_ns
 
+    def _has_grown(self) -> bool:
+        with contextlib.suppress(OSError):
+            return self._path.stat().st_size > self._measured_bytes
+        return False
+
     def _obey(self, player: _Player) -> _Player:
+        if self._commands and self._has_grown():
+            # It is still being recorded.
+            self._measure()
+            player = self._back_to(min(player.at_ns, self._at_ns + self._reader.header.started_ns))
         while self._commands:
             command, by = self._commands.popleft()
-            if command == "freeze":
+            if command == "freeze" and self._at_ns >= self._length_ns:
+                self._paused, self._at_ns = False, 0
+            elif command == "freeze":
                 self._paused = not self._paused
-                if not self._paused and self._at_ns >= self._length_ns:
-                    self._at_ns = 0
             elif command == "step":
                 self._paused = True
                 self._at_ns = min(self._at_ns + _STEP_NS, self._length_ns)

@@ -152,6 +152,7 @@ class PassTally:
         self.completed = 0
         self.cpu_ns = 0
         self.rmap_entries = 0
+        self.longest_ns: int | None = None
         self._passes: deque[Pass] = deque(maxlen=KEPT_PASSES)
         self._begun: np.void | None = None
         self._unassigned = 0
@@ -181,6 +182,7 @@ class PassTally:
         if one.begin_ns is None or begun is None:
             return
         self.completed += 1
+        self.longest_ns = max(self.longest_ns or 0, one.end_ns - one.begin_ns)
         self.rmap_entries += one.rmap_entries
         if begun["flags"] & mark["flags"] & EventFlag.HAS_COUNTS:
             one.cpu_ns = int(mark["ksmd_cpu_ns"]) - int(begun["ksmd_cpu_ns"])

@@ -321,3 +321,30 @@ def test_all_chains_are_counted_searched_and_sorted(tui):
     assert len(table.rows) == 2 and table.nr_rows == 13
     whole = nodes.trees(engine.shown, View(by="chains"))
     assert sum(row.values["sharers"] for row in whole.rows) == 306
+
+
+def test_a_recording_that_grows_is_read_on(tui, tmp_path):
+    whole = (tui.recordings / "guest-7.x-churn.ksmt").read_bytes()
+    path = tmp_path / "grows.ksmt"
+    path.write_bytes(whole[:40_000])
+
+    async def act(pilot, app):
+        assert "cut off" in tui.text_of(app)
+        before_ns = app.shown.position.length_ns
+        with path.open("ab") as file:
+            file.write(whole[40_000:])
+        await pilot.press("right_curly_bracket")
+        await tui.until(pilot, lambda: app.shown.position.length_ns > before_ns)
+        await tui.until(pilot, lambda: app.shown.phase is Phase.ENDED)
+        await tui.drawn(pilot)
+        assert app.shown.picture.nr_events == 3079 and "cut off" not in tui.text_of(app)
+
+    tui.drive(replay.ReplayEngine(path, at_end=True), act)
+
+
+def test_space_at_the_end_plays_again(tui):
+    async def act(pilot, app):
+        await pilot.press("space")
+        await tui.until(pilot, lambda: app.shown.phase is Phase.PLAYING)
+
+    tui.drive(tui.replay("guest-7.x-churn"), act)

@@ -105,6 +105,18 @@ def test_passes_are_the_reports(name, part):
     ]
 
 
+def test_the_longest_pass_is_the_reports_however_long_ago(monkeypatch):
+    monkeypatch.setattr(tallies, "KEPT_PASSES", 2)
+    reader = opened("guest-6.12-witnessed")
+    live = Live(reader.header)
+    for item in reader:
+        live.take(item)
+    picture = live.picture(all_of_it=True)
+    assert picture.passes is not None and len(live._passes._passes) == 2
+    scans = make_report(whole("guest-6.12-witnessed"))["scans"]
+    assert picture.passes.longest_ns == scans["longest_duration_ns"] == 56301549
+
+
 @PARTS
 def test_processes_are_the_reports(name, part):
     picture = final(name, part)
