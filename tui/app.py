@@ -528,7 +528,9 @@ class Top(App[int]):
         since = self.shown.can_record
         if since is not None:
             ago_s = (time.monotonic_ns() - since) / 1e9
-            self.notify(f"recording to {path}, from {ago_s:.0f} s ago; r ends it")
+            self.notify(
+                f"recording to {path.name} in {path.parent}, from {ago_s:.0f} s ago; r ends it"
+            )
         self.engine.record(path)
 
     def action_export(self, form: str) -> None:
@@ -561,7 +563,7 @@ class Top(App[int]):
         except OSError as error:
             self.notify(f"{path} cannot be written: {error.strerror}", severity="error")
         else:
-            self.notify(f"{path}: {what}")
+            self.notify(f"{path.name} in {path.parent}: {what}")
 
     # ---- the kernel ----
 

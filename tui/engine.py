@@ -110,6 +110,9 @@ class Engine:
             if not self._stopping.is_set():
                 judged = Judged(why_not=of) if on is None else judge.judge(on, of)
                 self._publish(judged=judged)
+        except Exception as error:  # a fault of ours, for which no capture is to end
+            why_not = f"not judged, by a fault in ksmtrace: {error!r}"
+            self._publish(judged=Judged(why_not=why_not))
         finally:
             self._judging = False
             if not self.is_live:

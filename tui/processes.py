@@ -13,12 +13,12 @@ from .draw import (
     Look,
     absence,
     count,
-    cut,
     duration,
     gap,
     line,
     rate,
     size,
+    wrapped,
 )
 from .happened import event_lines, events
 from .moment import Shown
@@ -244,6 +244,7 @@ def _copies(picture: Picture, process: LiveProcess, look: Look) -> list[Line]:
     ]  # fmt: skip
 
 
+_MOST_GAP = 3
 _REGRET = "  merged pages written to within 10 s"
 
 
@@ -253,7 +254,10 @@ def processes_gap(shown: Shown, look: Look) -> list[Line]:
     if picture is None or picture.recorded().can_see("do_wp_page"):
         return []
     why = absence(picture, "do_wp_page")
-    return [cut(line(f"regret, COW: not visible: {why}", MUTED), look.width)]
+    lines = wrapped(f"regret, COW: not visible: {why}", look.width, MUTED)
+    if len(lines) <= _MOST_GAP:
+        return lines
+    return [*lines[: _MOST_GAP - 1], line("... (all of it where a process is opened)", MUTED)]
 
 
 def _partners(picture: Picture, process: LiveProcess, look: Look) -> list[Line]:

@@ -78,3 +78,16 @@ def test_a_violated_claim_is_an_alarm_without_anybody_asking(tui, monkeypatch):
     broken = replace(shown, judged=Judged((fault, *others), "the whole recording"))
     says = " ".join(text for line in alarm_lines(broken, Look(79)) for text, _ in line)
     assert f"! {one.claim.id} is violated: 3 of 4 were not" in says
+
+
+def test_a_fault_in_judging_ends_no_capture(tui):
+    engine = tui.live_engine("cow")
+    engine._to_judge = lambda: 1 / 0
+    engine.start()
+    tui.wait(lambda: engine.shown.picture is not None)
+    engine.ask_claims()
+    tui.wait(lambda: engine.shown.judged is not None)
+    assert "by a fault in ksmtrace: ZeroDivisionError" in engine.shown.judged.why_not
+    assert engine.crashed is None and not engine.stopping
+    engine.stop()
+    assert engine.join()
