@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
@@ -26,8 +25,6 @@ from ksmtrace.errors import CannotRun
 from .engine import Engine
 from .moment import Judged, Phase
 
-_LENGTHS = struct.Struct("<QQ")  # of the JSON; how many arrays, whose lengths follow
-_LENGTH = struct.Struct("<Q")
 _COLLECT_AFTER = 50_000  # objects
 _SWITCH_S = 0.001
 _MOST_ERROR_BYTES = 1 << 16
@@ -150,11 +147,11 @@ class EngineApart(Engine):
     # ---- the thread that receives ----
 
     def _receive(self) -> None:
-        from .wire import Unpacker
+        from .wire import Receiver
 
-        unpacker = Unpacker()
-        while (message := _read_message(self._socket)) is not None:
-            shown, self.failure, crash = unpacker.unpack(*message)
+        receiver = Receiver(self._socket)
+        while (moment := receiver.receive()) is not None:
+            shown, self.failure, crash = moment
             if crash:
                 self.crashed = RuntimeError(crash)
             self.shown = shown
@@ -212,22 +209,17 @@ def _obey(engine: Engine, to_screen: socket.socket) -> None:
 
 
 def _send_moments(engine: Engine, to_screen: socket.socket) -> None:
-    from .wire import Packer
+    from .wire import Sender
 
-    packer = Packer()
+    sender = Sender(to_screen)
     ended = False
     while not ended:
         engine.published.wait(None if not engine.stopping else 0.05)
         engine.published.clear()
         ended = engine.stopping and engine.join(0)
         crash = "" if engine.crashed is None else _told(engine.crashed)
-        packed, arrays = packer.pack((engine.shown, engine.failure, crash))
-        lengths = [_LENGTHS.pack(len(packed), len(arrays))]
-        lengths += [_LENGTH.pack(len(array)) for array in arrays]
         try:
-            to_screen.sendall(b"".join(lengths) + packed)
-            for array in arrays:
-                to_screen.sendall(array)
+            sender.send((engine.shown, engine.failure, crash))
         except OSError:
             # The screen has gone.
             engine.stop()
@@ -237,30 +229,3 @@ def _send_moments(engine: Engine, to_screen: socket.socket) -> None:
 
 def _told(error: Exception) -> str:
     return "".join(traceback.format_exception(error))
-
-
-def _read_message(from_engine: socket.socket) -> tuple[bytes, list[bytearray]] | None:
-    head = _read(from_engine, _LENGTHS.size)
-    if head is None:
-        return None
-    length, nr_arrays = _LENGTHS.unpack(head)
-    lengths = _read(from_engine, _LENGTH.size * nr_arrays)
-    packed = _read(from_engine, length)
-    arrays = [_read(from_engine, one) for (one,) in _LENGTH.iter_unpack(lengths or b"")]
-    if packed is None or lengths is None or None in arrays:
-        return None
-    return bytes(packed), [array for array in arrays if array is not None]
-
-
-def _read(from_engine: socket.socket, length: int) -> bytearray | None:
-    content = bytearray(length)
-    left = memoryview(content)
-    while left:
-        try:
-            count = from_engine.recv_into(left)
-        except OSError:
-            return None
-        if not count:
-            return None
-        left = left[count:]
-    return content

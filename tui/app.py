@@ -7,17 +7,20 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import re
 import signal
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
 from textual import work
 from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
+from textual.command import CommandPalette
 from textual.containers import Container, VerticalScroll
 from textual.content import Content
 from textual.events import Resize
@@ -40,10 +43,14 @@ from .outcomes import outcomes
 from .overview import overview
 from .specs import SPECS, figures
 from .tables import Table, View
+from .themes import DARK, LIGHT, themes
 
 LEAST_COLUMNS, LEAST_ROWS = 80, 24
 _TICK_S = 0.1
 _JUDGE_S = 5.0
+_JUDGE_BEHIND_S = 30.0  # while another screen is shown: for the alarms
+_MOST_JUDGE_SHARE = 4  # at most a fifth of the time goes into claims
+_MOST_JUDGED_UNASKED = 1_000_000  # events of a recording
 
 TABS = ("overview", "processes", "trees", "outcomes", "locks", "claims", "events")
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
@@ -71,30 +78,33 @@ class Top(App[int]):
         ),
         Binding("tab", "next_tab(1)", "next", show=False, priority=True),
         Binding("shift+tab", "next_tab(-1)", "before", show=False, priority=True),
+        # In the order in which the bar shows them: the last ones give way on a narrow terminal.
         Binding("question_mark,f1", "help", "help", key_display="?"),
+        Binding("q", "quit", "quit"),
+        # Also out of what is open over a screen, and from a line that is being typed in.
+        Binding("ctrl+c", "quit", "quit", show=False, priority=True),
         Binding("slash", "search", "search", key_display="/"),
         Binding("s", "sort(1)", "sort"),
         Binding("S", "reverse", "other way round", show=False),
         Binding("g", "group", "group"),
         Binding("space", "freeze", "pause"),
         Binding("r", "record", "record"),
+        Binding("left_square_bracket", "seek(-0.05)", "back", key_display="["),
+        Binding("right_square_bracket", "seek(0.05)", "on", key_display="]"),
+        Binding("full_stop", "step", "step", key_display="."),
         Binding("k", "knobs", "knobs"),
         Binding("e", "export('csv')", "export"),
+        Binding("x", "exact", "exact"),
         Binding("E", "export('json')", "export as JSON", show=False),
         Binding("p", "picture", "picture", show=False),
-        Binding("x", "exact", "exact"),
         Binding("w", "savings", "page truth", show=False),
         Binding("J", "judge", "judge the claims", show=False),
         Binding("t", "theme", "theme", show=False),
         Binding("escape", "forget_search", "all", show=False),
-        Binding("left_square_bracket", "seek(-0.05)", "back", key_display="["),
-        Binding("right_square_bracket", "seek(0.05)", "on", key_display="]"),
         Binding("left_curly_bracket", "seek_to(0)", "begin", show=False),
         Binding("right_curly_bracket", "seek_to(1)", "end", show=False),
-        Binding("full_stop", "step", "step", key_display="."),
         Binding("plus,equals_sign", "faster(1)", "faster", show=False),
         Binding("minus", "faster(-1)", "slower", show=False),
-        Binding("q,ctrl+c", "quit", "quit", priority=False),
     ]
 
     def __init__(self, engine: Engine, title: str = "") -> None:
@@ -103,13 +113,17 @@ class Top(App[int]):
         self.changed: dict[str, str] = {}
         self.nr_draws = 0
         self.animation_level = "none"
+        for theme in themes():
+            self.register_theme(theme)
+        self.theme = DARK
         self._title = title
         self._look = Look(LEAST_COLUMNS)
         self._views = {
             name: View(by=spec.ways[0] if spec.ways else "") for name, spec in SPECS.items()
         }
         self._drawn: tuple[object, ...] = ()
-        self._judged_s = 0.0
+        self._judged_s = -math.inf
+        self._begun_s = 0.0
         self._regions: tuple[str, ...] | None = None
         self._is_built = False
 
@@ -172,6 +186,7 @@ class Top(App[int]):
         self.query_one("#small", Static).update(
             f"ksmtrace top needs {LEAST_COLUMNS}×{LEAST_ROWS}; this is {size.width}×{size.height}"
         )
+        self._draw_tabs()
         self.redraw()
 
     def redraw(self) -> None:
@@ -185,6 +200,7 @@ class Top(App[int]):
             status = failure.exit_status if failure else 1
             self.exit(status, return_code=status)
             return
+        self._keep_judging(shown)
         now = (shown.number, self.tab, self._look, tuple(self._views.items()), len(self.changed))
         if now == self._drawn:
             return
@@ -196,8 +212,6 @@ class Top(App[int]):
         for screen in self.screen_stack[1:]:
             if isinstance(screen, Details):
                 screen.redraw()
-        if self.tab == "claims":
-            self._keep_judging(shown)
 
     def _draw_tab(self, root: Screen[object], shown: Shown) -> None:
         name = self.tab
@@ -220,6 +234,8 @@ class Top(App[int]):
         lines: list[Line] = []
         if name == "trees":
             lines += nodes.tree_summary(shown, self._look)
+        elif name == "processes":
+            lines += processes.processes_gap(shown, self._look)
         elif name == "claims":
             lines += judged.claims_heading(shown, view, self._look)
         said: Line = []
@@ -231,12 +247,13 @@ class Top(App[int]):
                 (view.search, draw.BOLD),
                 ("  esc: all  ", draw.MUTED),
             ]
-        what = {"processes": "rows", "trees": "rows", "claims": "rows", "events": "events kept"}
+        what = dict.fromkeys(SPECS, "rows") | {"events": "events kept"}
         if table.nr_rows > len(table.rows):
             which = "last" if name == "events" else "first"
             said.append((f"the {which} {len(table.rows):,} of {table.nr_rows:,} {what[name]}", ""))
         elif name in ("processes", "events"):
-            said.append((f"{table.nr_rows:,} {what[name]}", ""))
+            of = what[name] if table.nr_rows != 1 else what[name].replace("s", "", 1)
+            said.append((f"{table.nr_rows:,} {of}", ""))
         picture = shown.picture
         if name == "processes" and picture is not None and picture.processes_forgotten:
             gone = picture.processes_forgotten
@@ -257,14 +274,19 @@ class Top(App[int]):
             parts.append(f"[@click=app.tab('{name}')]{shown}[/]")
         root = self.screen_stack[0]
         root.query_one("#tabs", Static).update("".join(parts), layout=False)
-        keys = [
-            Content.assemble(
-                (one.key_display or one.key.partition(",")[0], "bold $accent"),
+        keys = []
+        room = self._look.width + 1
+        for one in self.BINDINGS:
+            if not (isinstance(one, Binding) and one.show and self._offers(one.action)):
+                continue
+            key = Content.assemble(
+                (one.key_display or one.key.partition(",")[0], "bold $said-bar"),
                 f" {one.description}",
-            ).stylize(Style.from_meta({"@click": f"app.{one.action}"}))
-            for one in self.BINDINGS
-            if isinstance(one, Binding) and one.show and self._offers(one.action)
-        ]
+            )
+            room -= key.cell_length + 1
+            if room < -1:
+                break
+            keys.append(key.stylize(Style.from_meta({"@click": f"app.{one.action}"})))
         root.query_one("#keys", Static).update(Content(" ").join(keys), layout=False)
 
     def _offers(self, action: str) -> bool | None:
@@ -300,9 +322,14 @@ class Top(App[int]):
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer only what can be done here."""
-        over = self._is_built and len(self.screen_stack) > 1
+        # What is chosen in the palette is done when it has closed.
+        over = self._is_built and (
+            len(self.screen_stack) - isinstance(self.screen, CommandPalette) > 1
+        )
         table = self._is_built and self.tab in SPECS
-        if action in ("search", "sort", "reverse", "forget_search"):
+        if action in ("sort", "reverse"):
+            return table and self.tab != "events" and not over
+        if action in ("search", "forget_search"):
             return table and not over
         if action == "group":
             return bool(table and SPECS[self.tab].ways) and not over
@@ -331,13 +358,11 @@ class Top(App[int]):
 
     def action_theme(self) -> None:
         """Change between dark and light."""
-        self.theme = "textual-light" if self.current_theme.dark else "textual-dark"
+        self.theme = LIGHT if self.current_theme.dark else DARK
 
     # ---- tables ----
 
     def _change_view(self, **changes: object) -> None:
-        from dataclasses import replace
-
         self._views[self.tab] = replace(self._views[self.tab], **changes)  # type: ignore[arg-type]
         self.redraw()
 
@@ -361,9 +386,6 @@ class Top(App[int]):
 
     def action_sort(self, by: int) -> None:
         """Sort by the next column."""
-        if self.tab == "events":
-            self.notify("events stay in the order in which they happened")
-            return
         names = ["", *(column.name for column in self._listing().table.columns)]
         view = self._views[self.tab]
         at = names.index(view.sort) if view.sort in names else 0
@@ -451,8 +473,17 @@ class Top(App[int]):
     def _keep_judging(self, shown: Shown) -> None:
         if shown.picture is None:
             return
-        again = self.engine.is_live and time.monotonic() - self._judged_s > _JUDGE_S
-        if shown.judged is None or again:
+        self._begun_s = self._begun_s or time.monotonic()
+        asked, judged = self.tab == "claims", shown.judged
+        if judged is None:
+            few = self.engine.is_live or shown.picture.nr_events <= _MOST_JUDGED_UNASKED
+            due_s = 0.0 if asked else self._begun_s + _JUDGE_S if few else math.inf
+        elif self.engine.is_live and shown.phase not in (Phase.ENDED, Phase.FAILED):
+            wait_s = _JUDGE_S if asked else _JUDGE_BEHIND_S
+            due_s = self._judged_s + wait_s + _MOST_JUDGE_SHARE * judged.took_s
+        else:
+            return
+        if time.monotonic() >= due_s:
             self.action_judge()
 
     def action_judge(self) -> None:
@@ -497,19 +528,24 @@ class Top(App[int]):
         since = self.shown.can_record
         if since is not None:
             ago_s = (time.monotonic_ns() - since) / 1e9
-            self.notify(f"recording to {path}, from {ago_s:.0f} s ago; r ends it")
+            self.notify(
+                f"recording to {path.name} in {path.parent}, from {ago_s:.0f} s ago; r ends it"
+            )
         self.engine.record(path)
 
     def action_export(self, form: str) -> None:
         """Write the table of this screen to a file."""
         table = (
-            SPECS[self.tab].make(self.shown, self._views[self.tab])
+            SPECS[self.tab].make(self.shown, replace(self._views[self.tab], most=None))
             if self.tab in SPECS
             else figures(self.shown)
         )
         path = Path(time.strftime(f"ksmtrace-top-{self.tab}-%Y%m%d-%H%M%S.{form}")).absolute()
         text = table_as_csv(table) if form == "csv" else table_as_json(table)
-        self._write(path, text, f"{len(table.rows):,} rows")
+        rows = f"{len(table.rows):,} rows"
+        if table.nr_rows > len(table.rows):
+            rows = f"the first {rows} of {table.nr_rows:,}"
+        self._write(path, text, rows)
 
     def action_picture(self) -> None:
         """Write the screen to an SVG file."""
@@ -527,7 +563,7 @@ class Top(App[int]):
         except OSError as error:
             self.notify(f"{path} cannot be written: {error.strerror}", severity="error")
         else:
-            self.notify(f"{path}: {what}")
+            self.notify(f"{path.name} in {path.parent}: {what}")
 
     # ---- the kernel ----
 
@@ -616,7 +652,13 @@ class Top(App[int]):
             ("Search", "only rows that hold some words", "search"),
             ("Sort", "by the next column", "sort(1)"),
             ("Group", "put rows together another way", "group"),
+            ("Other way round", "sort so", "reverse"),
             ("Pause or go on", "hold the picture", "freeze"),
+            ("Step", "a quarter of a second on", "step"),
+            ("Faster", "replay so", "faster(1)"),
+            ("Slower", "replay so", "faster(-1)"),
+            ("To the begin", "of the recording", "seek_to(0)"),
+            ("To the end", "of the recording", "seek_to(1)"),
             ("Record", "from the moment before; again: end", "record"),
             ("Change a knob", "after a confirmation", "knobs"),
             ("Export as CSV", "the table of this screen", "export('csv')"),

@@ -13,7 +13,7 @@ from textual.widget import Widget
 from textual.widgets import Input, OptionList, Static
 from textual.widgets.option_list import Option
 
-from .draw import Line, as_content
+from .draw import MUTED, Line, as_content
 from .lines import Lines
 
 T = TypeVar("T")
@@ -47,6 +47,11 @@ class _Box(ModalScreen[T]):
     def action_close(self) -> None:
         """Close the box."""
         self.dismiss(None)
+
+
+def width_of_box(width: int) -> int:
+    """Return what a box has room for on a screen: 92% without border, padding, scroll bar."""
+    return width * 92 // 100 - 5
 
 
 class Details(_Box[None]):
@@ -84,8 +89,7 @@ class Details(_Box[None]):
 
     def redraw(self) -> None:
         """Make the lines anew."""
-        width = max(self.app.size.width - 10, 20)
-        self.query_one(Lines).show(self._make(width))
+        self.query_one(Lines).show(self._make(max(width_of_box(self.app.size.width), 20)))
 
     def action_scroll(self, by: int) -> None:
         """Scroll by lines."""
@@ -113,7 +117,7 @@ class Ask(_Box[str], inherit_bindings=False):
         """Return the line, and the hint."""
         yield Input(self._value, placeholder=self._hint, select_on_focus=False)
         if self._hint:
-            yield Static(as_content([[(self._hint, "$text-muted")]]))
+            yield Static(as_content([[(self._hint, MUTED)]]))
 
     def on_input_submitted(self, event: Input.Submitted) -> None:
         """Take what was typed."""

@@ -25,14 +25,8 @@ if TYPE_CHECKING:
 Line = list[tuple[str, str]]
 Writer = Callable[[float | None, "Look"], str]
 
-MUTED, BOLD, BAD, WARN, GOOD = (
-    "$text-muted",
-    "bold",
-    "$text-error",
-    "$text-warning",
-    "$text-success",
-)
-BAR = "$accent"
+MUTED, BOLD, BAD, WARN, GOOD = ("$said-muted", "bold", "$said-bad", "$said-warn", "$said-good")
+BAR = "$said-bar"
 ABSENT = "absent"
 
 
@@ -93,18 +87,28 @@ def cut(of: Line, width: int) -> Line:
 
 
 def beside(left: Sequence[Line], right: Sequence[Line], width: int) -> list[Line]:
-    """Put two blocks side by side."""
+    """Put two blocks side by side; one above the other where that would cut one off."""
     half = (width - 2) // 2
+    room = width - 2 - max(map(width_of, right), default=0)
+    widest = max(map(width_of, left), default=0)
+    if widest > room:
+        return [*left, [], *right]
+    half = min(max(half, widest), room)
     rows = max(len(left), len(right))
     blank: Line = []
     return [
         [
             *cut(left[row] if row < len(left) else blank, half),
             ("  ", ""),
-            *cut(right[row] if row < len(right) else blank, width - 2 - half),
+            *(right[row] if row < len(right) else blank),
         ]
         for row in range(rows)
     ]
+
+
+def cell(text: str, width: int) -> str:
+    """Write a cell of a table flush right; exact numbers never touch the cell before."""
+    return f" {text:>{width - 1}}"
 
 
 # ---- numbers ----
@@ -201,6 +205,17 @@ def status(shown: Shown, look: Look) -> Line:
 
 
 # ---- what cannot be seen ----
+
+
+def absence(picture: Picture, event: str) -> str:
+    """Say in the plan's words why a kind of event is absent."""
+    entry = next((one for one in picture.header.plan if one["event"] == event), None)
+    return str(entry["reason"]) if entry else "the recording is older than this"
+
+
+def gap(picture: Picture, event: str, look: Look) -> list[Line]:
+    """Say below a heading why a kind of event is absent."""
+    return wrapped(absence(picture, event), look.width, MUTED, "  ")
 
 
 def gaps(picture: Picture, words: Sequence[str], look: Look) -> list[Line]:

@@ -18,7 +18,9 @@ from ksmtrace.errors import KsmtraceError
 from .moment import Judged, Phase, Shown
 
 if TYPE_CHECKING:
-    from ksmtrace.stream import Stream
+    from ksmtrace.recording.excerpt import Remembered
+
+    from .judge import Judge
 
 PICTURE_S = 0.25
 
@@ -45,6 +47,7 @@ class Engine:
         self._publishing = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._judging = False
+        self._judge_apart: Judge | None = None
 
     def start(self) -> None:
         """Begin; returns at once."""
@@ -53,6 +56,8 @@ class Engine:
         """End; may be called more than once and from any thread."""
         self._stopping.set()
         self.published.set()
+        if self._judge_apart is not None:
+            self._judge_apart.close()
 
     @property
     def stopping(self) -> bool:
@@ -97,24 +102,25 @@ class Engine:
         """Go by a share of the recording, back with a negative one."""
 
     def _judge(self) -> None:
-        from ksmtrace.analysis.recorded import gather
-        from ksmtrace.claims.claim import Case
-        from ksmtrace.claims.judgement import judge_all
-        from ksmtrace.claims.table import CLAIMS
+        from .judge import Judge
 
+        judge = self._judge_apart = self._judge_apart or Judge()
         try:
-            stream, of = self._to_judge()
-            if stream is None:
-                self._publish(judged=Judged(why_not=of))
-                return
-            judgements = judge_all(CLAIMS, Case(gather(stream)))
-            self._publish(judged=Judged(tuple(judgements), of))
-        except KsmtraceError as error:
-            self._publish(judged=Judged(why_not=str(error)))
+            on, of = self._to_judge()
+            if not self._stopping.is_set():
+                judged = Judged(why_not=of) if on is None else judge.judge(on, of)
+                self._publish(judged=judged)
+        except Exception as error:  # a fault of ours, for which no capture is to end
+            why_not = f"not judged, by a fault in ksmtrace: {error!r}"
+            self._publish(judged=Judged(why_not=why_not))
         finally:
             self._judging = False
+            if not self.is_live:
+                # Nobody asks a second time.
+                self._judge_apart = None
+                judge.close()
 
-    def _to_judge(self) -> tuple[Stream | None, str]:
+    def _to_judge(self) -> tuple[Path | Remembered | None, str]:
         # What claims can be judged on now, and what that is; or None, and why.
         raise NotImplementedError
 

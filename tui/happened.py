@@ -15,7 +15,6 @@ from .draw import (
 )
 from .moment import Shown
 from .tables import (
-    MOST_ROWS,
     Column,
     Row,
     Table,
@@ -53,7 +52,8 @@ def events(shown: Shown, view: View) -> Table:
     tail = tail_of(picture)
     chosen = _matching(picture, tail, view.search)
     places = np.flatnonzero(chosen)
-    rows = [event_row(picture, tail[at], int(at)) for at in places[-MOST_ROWS:].tolist()]
+    most = view.most or len(places)
+    rows = [event_row(picture, tail[at], int(at)) for at in places[-most:].tolist()]
     empty = f"no event kept holds {view.search!r}" if view.search else "no events yet"
     return Table(EVENT_COLUMNS, tuple(rows), len(places), empty)
 
@@ -138,8 +138,8 @@ def event_detail(shown: Shown, row: Row, look: Look) -> list[Line]:
     return lines + [line(f"  {part}") for part in str(row.values["details"]).split()]
 
 
-def event_text(row: Row) -> str:
-    """Write a row of an event as one line."""
+def event_lines(row: Row, look: Look) -> list[Line]:
+    """Write a row of an event among what else is said."""
     values = row.values
-    after = values["after_s"]
-    return f"{after:>10.3f} {values['kind']} {values['details']}"
+    text = f"{values['kind']} {values['details']}"
+    return wrapped(text, look.width, "", f"{values['after_s']:>11.3f} ", " " * 14)

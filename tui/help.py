@@ -45,17 +45,26 @@ _ABOUT = {
 }
 
 
+def explained(name: str, room: int, meaning: str, width: int) -> list[Line]:
+    """Write a name, and what it means beside it."""
+    first, *more = wrapped(meaning, width - room - 2)
+    return [
+        [(f"  {name:<{room}}", BOLD), *first],
+        *([(" " * (room + 2), ""), *one] for one in more),
+    ]
+
+
 def help_lines(tab: str, is_live: bool, columns: Sequence[Column], width: int) -> list[Line]:
     """Write the help of a screen."""
     lines = [line(tab.upper(), BOLD), *wrapped(_ABOUT[tab], width)]
     if columns:
         lines += [[], line("COLUMNS", BOLD)]
         for column in columns:
-            lines.append([(f"  {column.title:<12}", BOLD), (column.meaning, "")])
+            lines += explained(column.title, 12, column.meaning, width)
     lines += [[], line("KEYS", BOLD)]
     for keys, meaning, live in _KEYS:
         if live is None or live == is_live:
-            lines.append([(f"  {keys:<15}", BOLD), (meaning, "")])
+            lines += explained(keys, 15, meaning, width)
     lines += [
         [],
         *wrapped(

@@ -20,19 +20,21 @@ from textual.strip import Strip
 from .draw import BAD, GOOD, MUTED, WARN, Look
 from .tables import Column, Row, Table
 
-# A segment is drawn by rich, which knows no theme.
-_STYLES = {
-    BAD: Style(bold=True, color="red"),
-    GOOD: Style(color="green"),
-    MUTED: Style(dim=True),
-    WARN: Style(color="yellow"),
+_CLASSES = {
+    BAD: "listing--bad",
+    GOOD: "listing--good",
+    MUTED: "listing--muted",
+    WARN: "listing--warn",
 }
 
 
 class Listing(ScrollView, can_focus=True):
     """Shows a :class:`ksmtrace.tui.tables.Table`."""
 
-    COMPONENT_CLASSES: ClassVar[set[str]] = {"listing--head", "listing--odd", "listing--cursor"}
+    COMPONENT_CLASSES: ClassVar[set[str]] = {
+        *("listing--head", "listing--odd", "listing--cursor"),
+        *_CLASSES.values(),
+    }
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("enter", "open", "open", show=False),
         Binding("up", "move(-1)", "up", show=False),
@@ -169,7 +171,7 @@ class Listing(ScrollView, can_focus=True):
             style = self.get_component_rich_style("listing--head")
             strip = self._strip(self._heads, style)
         elif row < self.row_count:
-            marked = _STYLES.get(self.table.rows[row].style, Style.null())
+            marked = self._marked(self.table.rows[row].style)
             if row == self.cursor_row:
                 style = self.get_component_rich_style("listing--cursor")
             elif row % 2:
@@ -180,6 +182,12 @@ class Listing(ScrollView, can_focus=True):
         else:
             return Strip.blank(width, self.rich_style)
         return strip.crop_extend(left, left + width, style)
+
+    def _marked(self, mark: str) -> Style:
+        if mark not in _CLASSES:
+            return Style.null()
+        colour = self.get_component_styles(_CLASSES[mark]).color.rich_color
+        return Style(color=colour, bold=mark == BAD or None)
 
     def _strip(self, texts: tuple[str, ...], style: Style) -> Strip:
         said = []

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from ksmtrace.analysis.live import Live
-    from ksmtrace.recording.excerpt import Backlog, Excerpt
-    from ksmtrace.stream import Batch, CounterSample, Header, Item, Stream
+    from ksmtrace.recording.excerpt import Backlog, Excerpt, Remembered
+    from ksmtrace.stream import Batch, CounterSample, Header, Item
 
 MOST_WAITING_EVENTS = 1 << 20
 """More than that are left out of the picture: 56 MiB, a second's worth of a million a second."""
@@ -130,7 +130,7 @@ class LiveEngine(Engine):
         finally:
             self._reading_savings = False
 
-    def _to_judge(self) -> tuple[Stream | None, str]:
+    def _to_judge(self) -> tuple[Path | Remembered | None, str]:
         backlog = self._backlog
         with self._recording:
             stream = backlog.stream() if backlog is not None else None
@@ -260,6 +260,9 @@ class LiveEngine(Engine):
     # ---- the thread that folds ----
 
     def _fold(self) -> None:
+        # While the programs are loaded, which leaves it the time.
+        from ksmtrace.analysis.live import Live
+
         live: Live | None = None
         next_s = 0.0
         while True:
@@ -267,8 +270,6 @@ class LiveEngine(Engine):
             self._come.clear()
             ended = self._capture_ended.is_set()
             if live is None and self._header is not None:
-                from ksmtrace.analysis.live import Live
-
                 live = Live(self._header)
             taken = True
             while live is not None and taken:

@@ -15,6 +15,7 @@ from .draw import (
     Look,
     bar_rows,
     beside,
+    cell,
     count,
     duration,
     gaps,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _MOST_PARTIES = 5
 _MOST_WORST = 3
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 _MOST_FRAMES = 6
 _WIDE = 120  # from so many cells on, waits and holds are side by side
 
@@ -72,8 +74,8 @@ def _functions(picture: Picture, look: Look) -> list[Line]:
         lines.append(
             [
                 (f"  {name[:33]:<34}", ""),
-                (f"{'–' if entered is None else count(entered, look):>14}", BOLD),
-                (f"{'–' if returned is None else count(returned, look):>14}", BOLD),
+                (cell("–" if entered is None else count(entered, look), 14), BOLD),
+                (cell("–" if returned is None else count(returned, look), 14), BOLD),
             ]
         )
     return lines
@@ -122,38 +124,51 @@ def _of_locks(picture: Picture, look: Look) -> list[Line]:
 
 
 def _times(title: str, locks: dict[str, Contention], side: str, look: Look) -> list[Line]:
-    heads = f"  {'':<17}{side:>9}{'together':>11}{'median':>13}{'longest':>11}"
-    lines: list[Line] = [line(title, BOLD), line(heads, MUTED)]
-    for name, lock in locks.items():
+    rows: list[tuple[str, ...]] = [(side, "together", "median", "longest")]
+    for lock in locks.values():
         if side == "waits":
             times, total, worst = lock.waits, lock.total_wait_ns, lock.worst_wait_ns
             histogram = lock.wait_histogram
         else:
             times, total, worst = lock.holds, lock.total_hold_ns, lock.worst_hold_ns
             histogram = lock.hold_histogram
-        if times is None:
+        median = f"< {duration(histogram.median[1], look)}" if histogram else "–"
+        rows.append(
+            ()
+            if times is None
+            else (
+                count(times, look),
+                duration(total, look),
+                median,
+                duration(worst or None, look),
+            )
+        )
+    widths = [
+        max(least, *(len(row[at]) + 2 for row in rows if row))
+        for at, least in enumerate((9, 11, 13, 11))
+    ]
+    lines: list[Line] = [line(title, BOLD)]
+    for name, row in zip(("", *locks), rows, strict=True):
+        if not row:
             lines.append([(f"  {name:<17}", MUTED), ("not visible", MUTED)])
             continue
-        median = f"< {duration(histogram.median[1], look)}" if histogram else "–"
-        lines.append(
-            [
-                (f"  {name:<17}", ""),
-                (f"{count(times, look):>9}", BOLD),
-                (f"{duration(total, look):>11}{median:>13}", ""),
-                (f"{duration(worst or None, look):>11}", WARN if worst else ""),
-            ]
-        )
+        cells = [f"{text:>{width}}" for text, width in zip(row, widths, strict=True)]
+        style = (MUTED,) * 4 if not name else (BOLD, "", "", "" if row[3] == "–" else WARN)
+        lines.append([(f"  {name:<17}", ""), *zip(cells, style, strict=True)])
     return lines
 
 
 def _parties(label: str, parties: Sequence[Party], look: Look) -> list[Line]:
-    said = ", ".join(
+    said = [
         f"{party.comm or 'unknown'} ({party.pid}) {party.waits:,}×, "
         f"{duration(party.total_ns, look)}"
         for party in parties[:_MOST_PARTIES]
-    )
+    ]
     more = f" and {len(parties) - _MOST_PARTIES} more" if len(parties) > _MOST_PARTIES else ""
-    return wrapped(f"{label}: {said}{more}", look.width, "", "  ", "    ")
+    # A figure and its unit, and who it is of, stay on one line.
+    together = ", ".join(one.replace(" ", _NO_BREAK) for one in said)
+    lines = wrapped(f"{label}: {together}{more}", look.width, "", "  ", "    ")
+    return [[(text.replace(_NO_BREAK, " "), style) for text, style in one] for one in lines]
 
 
 def _wait(wait: Wait, lock: str, started_ns: int, look: Look) -> list[Line]:

@@ -93,11 +93,13 @@ class Judged:
         judgements: one per claim.
         of: what they were judged on, in words.
         why_not: why they were not judged, "" where they were.
+        took_s: how long that took.
     """
 
     judgements: tuple[Judgement, ...] = ()
     of: str = ""
     why_not: str = ""
+    took_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ from .draw import (
     line,
     wrapped,
 )
-from .happened import event_row, event_text, tail_of
+from .happened import event_lines, event_row, tail_of
 from .moment import Shown
 from .tables import (
-    MOST_ROWS,
     Column,
     Row,
     Table,
@@ -104,10 +103,11 @@ def _chains(state: TreeState) -> list[Row]:
     import numpy as np
 
     chains = state.chains[np.argsort(-state.chains["dups"].astype(np.int64), kind="stable")]
-    nodes = state.stable_nodes
+    known, at = np.unique(state.stable_nodes["chain"], return_inverse=True)
+    sums = np.bincount(at, state.stable_nodes["sharers"], minlength=len(known)).astype(np.int64)
+    sharers = dict(zip(known.tolist(), sums.tolist(), strict=True))
     rows = []
-    for chain in chains[:MOST_ROWS]:
-        within = nodes["chain"] == chain["chain"]
+    for chain in chains:
         born_ns = int(chain["born_ns"])
         rows.append(
             Row(
@@ -115,7 +115,7 @@ def _chains(state: TreeState) -> list[Row]:
                 {
                     "chain": f"{chain['chain']:#x}",
                     "dups": int(chain["dups"]),
-                    "sharers": int(nodes["sharers"][within].sum()),
+                    "sharers": sharers.get(int(chain["chain"]), 0),
                     "nid": int(chain["nid"]) if chain["nid"] >= 0 else None,
                     "age_ns": state.at_ns - born_ns if born_ns else None,
                 },
@@ -178,7 +178,9 @@ def node_detail(shown: Shown, key: str, look: Look) -> list[Line]:
         at_frame |= tail["stable_node"] == node["stable_node"]
     rows = [event_row(picture, tail[index], int(index)) for index in np.flatnonzero(at_frame)[-40:]]
     lines += [[], [("HISTORY", BOLD), ("  among the last events kept, by frame and node", MUTED)]]
-    lines += [line(f"  {event_text(row)}") for row in rows] or [line("  none kept", MUTED)]
+    lines += [one for row in rows for one in event_lines(row, look)]
+    if not rows:
+        lines.append(line("  none kept", MUTED))
     return lines
 
 

@@ -17,8 +17,10 @@ from .draw import (
     Line,
     Look,
     bar_rows,
+    cell,
     count,
     duration,
+    gap,
     gaps,
     line,
     number,
@@ -100,9 +102,10 @@ def _causes(picture: Picture, look: Look) -> list[Line]:
         lines.append(
             [
                 (f"  {name:<20}", BOLD),
-                (f"{count(failures, look):>10}{text_share(failures / total):>8}", WARN),
+                (cell(count(failures, look), 10) + cell(text_share(failures / total), 8), WARN),
                 (
-                    f"{count(causes.seen[name], look):>10}{count(causes.inferred[name], look):>10}",
+                    cell(count(causes.seen[name], look), 10)
+                    + cell(count(causes.inferred[name], look), 10),
                     "",
                 ),
             ]
@@ -132,9 +135,7 @@ def _pages(picture: Picture, look: Look) -> list[Line]:
     heading: Line = [("WHERE PAGES GO", BOLD)]
     pages = picture.pages
     if pages is None:
-        entry = next((e for e in picture.header.plan if e["event"] == "page_outcomes"), None)
-        why = entry["reason"] if entry else "the recording is older than this"
-        return [[*heading, ("  not visible", MUTED)], *wrapped(str(why), look.width, MUTED, "  "),
+        return [[*heading, ("  not visible", MUTED)], *gap(picture, "page_outcomes", look),
                 *_counted(picture, look)]  # fmt: skip
     total = sum(pages.total.values())
     heading.append((f"  ksmd came by {count(total, look)} pages so far", ""))
@@ -148,13 +149,13 @@ def _pages(picture: Picture, look: Look) -> list[Line]:
         lines.append(line(f"  {'':<18}{titles}", MUTED))
     for name in sorted(pages.total, key=lambda name: -pages.total[name]):
         short, meaning = PAGE_OUTCOMES[name]
-        of_passes = "".join(f"{count(of.get(name, 0), look):>12}" for _, of in passes)
+        of_passes = "".join(cell(count(of.get(name, 0), look), 12) for _, of in passes)
         so_far, share = count(pages.total[name], look), text_share(pages.total[name] / total)
         lines.append(
             [
                 (f"  {short:<18}", WARN if name == "failed" else BOLD),
                 (of_passes, ""),
-                (f"{so_far:>12}{share:>12}", ""),
+                (cell(so_far, 12) + cell(share, 12), ""),
                 (f"  {meaning}" if look.width >= 120 else "", MUTED),
             ]
         )

@@ -16,6 +16,7 @@ from .draw import (
     Line,
     Look,
     beside,
+    cell,
     count,
     duration,
     line,
@@ -34,6 +35,10 @@ if TYPE_CHECKING:
     from ksmtrace.stream import CounterSample
 
 _STALE_INTERVALS = 3
+_MOST_FAULTS = 3
+_SAME_NS = 5_000_000_000
+_LEAST_GAP = 64  # pages
+_GAP_SHARE = 0.1
 _LEAST_ATTEMPTS = 100
 _BAD_SUCCESS_RATE = 0.5
 _LONG_PASS_NS = 600_000_000_000
@@ -73,10 +78,23 @@ def alarms(shown: Shown) -> list[tuple[str, str]]:
     if picture.losses is not None:
         for target, times in picture.losses.missed.items():
             found.append((WARN, f"the kernel left out the program on {target} {times:,} times"))
+    found += _claim_alarms(shown)
     found += _book_alarms(picture)
     if picture.trailer is not None:
         found += [(WARN, notice) for notice in picture.trailer.notices]
     return found + _sample_alarms(shown, picture)
+
+
+def _claim_alarms(shown: Shown) -> list[tuple[str, str]]:
+    judged = shown.judged
+    faults = [one for one in judged.judgements if one.is_fault] if judged else []
+    found = [
+        (BAD, f"{one.claim.id} is violated: {one.finding.observed} (6 shows the evidence)")
+        for one in faults[:_MOST_FAULTS]
+    ]
+    if len(faults) > _MOST_FAULTS:
+        found.append((BAD, f"{len(faults) - _MOST_FAULTS} more claims are violated"))
+    return found
 
 
 def _book_alarms(picture: Picture) -> list[tuple[str, str]]:
@@ -105,6 +123,7 @@ def _sample_alarms(shown: Shown, picture: Picture) -> list[tuple[str, str]]:
         found.append((WARN, "ksmd is stopped (run is 0): nothing merges"))
     elif run == 2:
         found.append((WARN, "everything was unmerged (run is 2)"))
+    found += _truth_alarms(shown, picture, sample)
     profit = number(sample, "general_profit")
     if profit is not None and profit < 0:
         found.append(
@@ -126,6 +145,25 @@ def _sample_alarms(shown: Shown, picture: Picture) -> list[tuple[str, str]]:
             )
         )
     return found
+
+
+def _truth_alarms(shown: Shown, picture: Picture, sample: CounterSample) -> list[tuple[str, str]]:
+    read, counted = _page_truth(shown), number(sample, "pages_sharing")
+    if read is None or counted is None or (shown.savings and not shown.savings.trusted):
+        return []
+    pages, at_ns = read
+    # While KSM is at work the two are of two moments.
+    old = abs(sample.begin_ns - at_ns) > _SAME_NS
+    if old or counted - pages <= max(_LEAST_GAP, counted * _GAP_SHARE):
+        return []
+    each = page_bytes(picture)
+    return [
+        (
+            WARN,
+            f"the counters say that {text_bytes(counted * each)} is saved, what is mapped "
+            f"{text_bytes(pages * each)}: pages of memory that is gone count until ksmd comes by",
+        )
+    ]
 
 
 def alarm_lines(shown: Shown, look: Look) -> list[Line]:
@@ -179,7 +217,7 @@ def paying(shown: Shown, sample: CounterSample | None, look: Look) -> list[Line]
         verdict = ("  nothing is saved", MUTED)
     lines: list[Line] = [
         [("IS KSM PAYING?", BOLD), verdict],
-        named("saved", size(saved, look), "(counters)"),
+        named("saved", size(saved, look), "counters"),
         _truth(shown, look),
         named("general_profit", size(profit, look)),
     ]
@@ -198,25 +236,32 @@ def paying(shown: Shown, sample: CounterSample | None, look: Look) -> list[Line]
 
 
 def _truth(shown: Shown, look: Look) -> Line:
-    savings = shown.savings
-    picture = shown.picture
+    savings, picture, sample = shown.savings, shown.picture, shown.sample
+    label = "by page truth"
     if savings is not None and savings.why_not:
-        return named("by page truth", "unknown", savings.why_not, MUTED)
-    if savings is not None:
-        pages = savings.saved_pages
-        unsure = "" if savings.trusted else " at most: KPF_KSM lies here"
-        age = ""
-        if picture is not None:
-            age = f"{max(picture.at_ns - savings.at_ns, 0) / 1e9:.0f} s ago"
-        return named("by page truth", size(pages * page_bytes(picture), look), f"{age}{unsure}")
-    witnessed = picture.witnessed if picture else None
-    if witnessed is not None and witnessed.pages is not None:
-        frames = witnessed.pages.merged_frames()
-        pages = int(frames["nr_pages"].sum()) - len(frames)
-        return named("by page truth", size(pages * page_bytes(picture), look), witnessed.moment)
+        return named(label, "unknown", savings.why_not, MUTED)
+    read = _page_truth(shown)
+    if read is not None:
+        pages, at_ns = read
+        # What is mapped does not tell the zero pages that KSM has placed from others.
+        label = "truth, no zeros" if number(sample, "ksm_zero_pages") else label
+        unsure = " at most" if savings is not None and not savings.trusted else ""
+        age = "" if picture is None else f"{max(picture.at_ns - at_ns, 0) / 1e9:.0f} s ago"
+        return named(label, size(pages * page_bytes(picture), look), f"{age}{unsure}")
     if shown.position is not None:
-        return named("by page truth", "not recorded", "", MUTED)
-    return named("by page truth", "w reads it", "", MUTED)
+        return named(label, "not recorded", "", MUTED)
+    return named(label, "w reads it", "", MUTED)
+
+
+def _page_truth(shown: Shown) -> tuple[int, int] | None:
+    # Pages saved by what is mapped, and when that was read.
+    if shown.savings is not None:
+        return None if shown.savings.why_not else (shown.savings.saved_pages, shown.savings.at_ns)
+    witnessed = shown.picture.witnessed if shown.picture else None
+    if witnessed is None or witnessed.pages is None:
+        return None
+    frames = witnessed.pages.merged_frames()
+    return int(frames["nr_pages"].sum()) - len(frames), witnessed.end_ns
 
 
 def _yield(picture: Picture | None, look: Look) -> tuple[str, str]:
@@ -226,7 +271,7 @@ def _yield(picture: Picture | None, look: Look) -> tuple[str, str]:
     merged = picture.merges.succeeded + (picture.zero_merged or 0)
     if first is None or last is None or last <= first:
         return "–", ""
-    return count(merged / ((last - first) / 1e9), look), "merged/CPU s"
+    return count(merged / ((last - first) / 1e9), look), "pages/CPU s"
 
 
 def passes(picture: Picture | None, sample: CounterSample | None, look: Look) -> list[Line]:
@@ -243,7 +288,7 @@ def passes(picture: Picture | None, sample: CounterSample | None, look: Look) ->
             heading.append((f"  seqnr {last.seq}", ""))
             if number(sample, "run") == 0:
                 begun = duration(picture.at_ns - last.begin_ns, look)
-                lines.append(named("halted in it", begun, "after its begin"))
+                lines.append(named("halted in it", f"after {begun}"))
             else:
                 lines.append(_progress(picture, last.begin_ns, look))
         elif last is not None:
@@ -316,8 +361,8 @@ def trees(picture: Picture | None, sample: CounterSample | None, look: Look) -> 
         lines.append(
             [
                 (f"  {label:<15}", MUTED),
-                (f"{count(number(sample, name), look):>10}", BOLD),
-                (f"{told:>10}", ""),
+                (cell(count(number(sample, name), look), 10), BOLD),
+                (cell(told, 10), ""),
             ]
         )
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from .draw import (
@@ -10,12 +11,16 @@ from .draw import (
     MUTED,
     Line,
     Look,
+    absence,
     count,
+    duration,
+    gap,
     line,
     rate,
     size,
+    wrapped,
 )
-from .happened import event_text, events
+from .happened import event_lines, events
 from .moment import Shown
 from .tables import (
     Column,
@@ -45,11 +50,17 @@ PROCESS_COLUMNS = (
     Column("saved_bytes", "saves", _size, meaning="ksm_process_profit: saved, less rmap_items"),
     Column("merged_per_s", "merges", _rate, meaning="pages merged per second, over two seconds"),
     Column("left_per_s", "leaves", _rate, meaning="sharers that left per second"),
+    Column(
+        "regretted_pages", "regret", _count, meaning="merged pages written to within 10 s, so far"
+    ),
+    Column("copy_mean_ns", "COW", duration, meaning="mean time of a copy of a KSM page on write"),
     Column("ksm_rmap_items", "mergeable", _count, meaning="rmap_items: pages that ksmd looks at"),
     Column("merged_pages", "so far", _count, meaning="pages merged since the start"),
     Column("failed_attempts", "failed", _count, meaning="attempts that failed"),
     Column("left_pages", "left", _count, meaning="sharers that left, as far as events tell"),
     Column("ksm_zero_pages", "zero", _count, meaning="pages that are the zero page now"),
+    Column("copies", "copies", _count, meaning="copies of its KSM pages on write; no unmerge"),
+    Column("longest_copy_ns", "longest", duration, meaning="the longest of these copies"),
     Column("cgroup", "cgroup", word, right=False, meaning="its control group"),
 )
 GROUP_COLUMNS = (
@@ -58,7 +69,11 @@ GROUP_COLUMNS = (
     *(c for c in PROCESS_COLUMNS if c.name not in ("pid", "who", "cgroup")),
 )
 GROUPINGS = ("process", "cgroup", "guest")
-_SUMMED = tuple(c.name for c in GROUP_COLUMNS if c.name not in ("who", "processes"))
+_NOT_SUMMED = ("who", "processes", "copy_mean_ns", "longest_copy_ns")
+_SUMMED = (
+    *(c.name for c in GROUP_COLUMNS if c.name not in _NOT_SUMMED),
+    "copies_took_ns",
+)
 
 
 def process_values(process: LiveProcess) -> dict[str, Value]:
@@ -72,6 +87,11 @@ def process_values(process: LiveProcess) -> dict[str, Value]:
         "saved_bytes": profit if isinstance(profit, int) and not gone else None,
         "merged_per_s": process.merged_per_s,
         "left_per_s": process.left_per_s,
+        "regretted_pages": process.regretted_pages,
+        "copies": process.copies,
+        "copies_took_ns": process.copies_took_ns,
+        "copy_mean_ns": _mean(process.copies_took_ns, process.copies),
+        "longest_copy_ns": process.longest_copy_ns or None,
         "ksm_rmap_items": process.ksm_rmap_items,
         "merged_pages": process.merged_pages,
         "failed_attempts": process.failed_attempts,
@@ -79,6 +99,12 @@ def process_values(process: LiveProcess) -> dict[str, Value]:
         "ksm_zero_pages": process.ksm_zero_pages,
         "cgroup": process.cgroup,
     }
+
+
+def _mean(total: Value, number: Value) -> int | None:
+    if not (isinstance(total, int) and isinstance(number, int) and number):
+        return None
+    return total // number
 
 
 def processes(shown: Shown, view: View) -> Table:
@@ -89,15 +115,14 @@ def processes(shown: Shown, view: View) -> Table:
     if view.by in ("cgroup", "guest"):
         return _groups(picture, view)
     rows = _process_rows(picture.processes)
-    default = View("ksm_merging_pages", view.reverse, view.search, view.by)
-    # Those that are alive come first, whatever the order.
-    rows.sort(key=lambda row: row.style == MUTED)
-    chosen = view if view.sort else default
-    table = arranged(PROCESS_COLUMNS, rows, chosen, "no process has mergeable memory")
-    if not view.sort:
-        alive = sorted(table.rows, key=lambda row: row.style == MUTED)
-        table = Table(table.columns, tuple(alive), table.nr_rows, table.empty)
-    return table
+    empty = "no process has mergeable memory"
+    if view.sort:
+        return arranged(PROCESS_COLUMNS, rows, view, empty)
+    whole = replace(view, sort="ksm_merging_pages", most=None)
+    table = arranged(PROCESS_COLUMNS, rows, whole, empty)
+    # Those that are alive come first.
+    alive = sorted(table.rows, key=lambda row: row.style == MUTED)
+    return replace(table, rows=tuple(alive[: view.most]))
 
 
 _drawn: dict[int, tuple[LiveProcess, Row]] = {}
@@ -129,8 +154,11 @@ def _groups(picture: Picture, view: View) -> Table:
         for column in _SUMMED:
             known = [value for one in values if isinstance(value := one[column], int | float)]
             summed[column] = sum(known) if known else None
+        summed["copy_mean_ns"] = _mean(summed["copies_took_ns"], summed["copies"])
+        longest = [ns for one in values if isinstance(ns := one["longest_copy_ns"], int)]
+        summed["longest_copy_ns"] = max(longest, default=None)
         rows.append(Row(name, summed))
-    sorted_by = view if view.sort else View("ksm_merging_pages", view.reverse, view.search)
+    sorted_by = view if view.sort else replace(view, sort="ksm_merging_pages")
     return arranged(GROUP_COLUMNS, rows, sorted_by, "no process is alive")
 
 
@@ -182,6 +210,8 @@ def process_detail(
             look,
         ),
         [],
+        *_copies(picture, process, look),
+        [],
         [("KSM_STAT", BOLD), (f"  by {process.counted_by or 'nothing'}", MUTED)],
         *_pairs(dict(process.stat), look),
     ]
@@ -191,8 +221,43 @@ def process_detail(
     if process.pid:
         lines += [[], [("LAST EVENTS", BOLD)]]
         rows = events(shown, View(search=f"pid:{process.pid}")).rows[-15:]
-        lines += [line(f"  {event_text(row)}") for row in rows] or [line("  none kept", MUTED)]
+        lines += [one for row in rows for one in event_lines(row, look)]
+        if not rows:
+            lines.append(line("  none kept", MUTED))
     return lines
+
+
+def _copies(picture: Picture, process: LiveProcess, look: Look) -> list[Line]:
+    heading: Line = [("COPIES ON WRITE", BOLD)]
+    if process.copies is None:
+        return [[*heading, ("  not visible", MUTED)], *gap(picture, "do_wp_page", look)]
+    heading.append((f"  {process.copies:,} of its KSM pages, by no unmerge", ""))
+    mean = _mean(process.copies_took_ns, process.copies)
+    times = {"mean": mean, "longest": process.longest_copy_ns, "together": process.copies_took_ns}
+    regretted = process.regretted_pages
+    text = "not visible" if regretted is None else f"{regretted:,}"
+    return [
+        heading,
+        *([(f"  {name:<24}", MUTED), (duration(ns or None, look), BOLD)]
+          for name, ns in times.items()),
+        [("  regret                  ", MUTED), (text, BOLD), (_REGRET, MUTED)],
+    ]  # fmt: skip
+
+
+_MOST_GAP = 3
+_REGRET = "  merged pages written to within 10 s"
+
+
+def processes_gap(shown: Shown, look: Look) -> list[Line]:
+    """Say why there are columns without a value, above the table."""
+    picture = shown.picture
+    if picture is None or picture.recorded().can_see("do_wp_page"):
+        return []
+    why = absence(picture, "do_wp_page")
+    lines = wrapped(f"regret, COW: not visible: {why}", look.width, MUTED)
+    if len(lines) <= _MOST_GAP:
+        return lines
+    return [*lines[: _MOST_GAP - 1], line("... (all of it where a process is opened)", MUTED)]
 
 
 def _partners(picture: Picture, process: LiveProcess, look: Look) -> list[Line]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
@@ -18,7 +19,8 @@ from .moment import Phase, Position
 
 if TYPE_CHECKING:
     from ksmtrace.analysis.live import Live
-    from ksmtrace.stream import Batch, Item, Stream
+    from ksmtrace.recording.excerpt import Remembered
+    from ksmtrace.stream import Batch, Item
 
 _MOST_JUDGED_EVENTS = 5_000_000
 _STEP_NS = 250_000_000
@@ -101,13 +103,11 @@ class ReplayEngine(Engine):
         self._commands.append((command, by))
         self._asked.set()
 
-    def _to_judge(self) -> tuple[Stream | None, str]:
-        from ksmtrace.recording.reader import RecordingReader
-
+    def _to_judge(self) -> tuple[Path | Remembered | None, str]:
         picture = self.shown.picture
         if picture is not None and picture.nr_events > _MOST_JUDGED_EVENTS:
             return None, f"it is long: ksmtrace check {self._path} judges it"
-        return RecordingReader(self._path), "the whole recording"
+        return self._path, "the whole recording"
 
     # ---- the thread that plays ----
 
@@ -137,19 +137,24 @@ class ReplayEngine(Engine):
                         last_s = self._now_s()
                 self._asked.clear()
         except KsmtraceError as error:
-            self.failure = error
-            hint = f" ({error.hint})" if error.hint else ""
-            changes: dict[str, Any] = {"phase": Phase.FAILED, "says": f"{error}{hint}"}
-            if player is not None:
-                changes["picture"] = player.live.picture(all_of_it=True)
-                at_ns = player.live.at_ns - self._reader.header.started_ns
-                changes["position"] = Position(at_ns, max(self._length_ns, at_ns), self._speed)
-            self._publish(**changes)
+            self._tell_failure(player, error)
+
+    def _tell_failure(self, player: _Player | None, error: KsmtraceError) -> None:
+        # What came before it can still be gone to.
+        self.failure = error
+        hint = f" ({error.hint})" if error.hint else ""
+        changes: dict[str, Any] = {"phase": Phase.FAILED, "says": f"{error}{hint}"}
+        if player is not None:
+            changes["picture"] = player.live.picture(all_of_it=True)
+            changes["position"] = Position(self._length_ns, self._length_ns, self._speed)
+        self._publish(**changes)
 
     def _measure(self) -> None:
+        from ksmtrace.recording.reader import RecordingReader
         from ksmtrace.stream import time_of
 
-        reader = self._reader
+        self._measured_bytes = self._path.stat().st_size
+        reader = self._reader = RecordingReader(self._path)
         end_ns = reader.header.started_ns
         for item in reader:
             if self._stopping.is_set():
@@ -158,13 +163,22 @@ class ReplayEngine(Engine):
         self._cut_off = reader.cut_off or ""
         self._length_ns = end_ns - reader.header.started_ns
 
+    def _has_grown(self) -> bool:
+        with contextlib.suppress(OSError):
+            return self._path.stat().st_size > self._measured_bytes
+        return False
+
     def _obey(self, player: _Player) -> _Player:
+        if self._commands and self._has_grown():
+            # It is still being recorded.
+            self._measure()
+            player = self._back_to(min(player.at_ns, self._at_ns + self._reader.header.started_ns))
         while self._commands:
             command, by = self._commands.popleft()
-            if command == "freeze":
+            if command == "freeze" and self._at_ns >= self._length_ns:
+                self._paused, self._at_ns = False, 0
+            elif command == "freeze":
                 self._paused = not self._paused
-                if not self._paused and self._at_ns >= self._length_ns:
-                    self._at_ns = 0
             elif command == "step":
                 self._paused = True
                 self._at_ns = min(self._at_ns + _STEP_NS, self._length_ns)

@@ -72,12 +72,14 @@ class View:
         reverse: the other way round.
         search: only rows that hold all these words.
         by: how rows are put together; one of the table's ways.
+        most: so many rows at most, None: all.
     """
 
     sort: str = ""
     reverse: bool = False
     search: str = ""
     by: str = ""
+    most: int | None = MOST_ROWS
 
 
 def word(value: Any, look: Look) -> str:
@@ -116,7 +118,7 @@ def arranged(columns: tuple[Column, ...], rows: Sequence[Row], view: View, empty
         numeric = all(not isinstance(row.values[view.sort], str) for row in known)
         known.sort(key=lambda row: _order(row.values[view.sort]), reverse=numeric != view.reverse)
         rows = [*known, *unknown]
-    return Table(columns, tuple(rows[:MOST_ROWS]), len(rows), empty)
+    return Table(columns, tuple(rows[: view.most]), len(rows), empty)
 
 
 def _order(value: Value) -> Any:

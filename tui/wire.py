@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
+import socket
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
@@ -31,14 +33,23 @@ from ksmtrace.kernel.ksm_memory import KsmMemory, ScanCursor
 from ksmtrace.kernel.page_truth import PageTruth
 from ksmtrace.kernel.probes import KpfProbe
 from ksmtrace.reconstruct.state import Incomplete, Older, Scan, Totals, TreeState, World
-from ksmtrace.stream import CounterSample, Header, Losses, ProcessSeen, Trailer, Witnessed
+from ksmtrace.stream import (
+    Batch,
+    CounterSample,
+    Header,
+    Losses,
+    ProcessSeen,
+    StackSeen,
+    Trailer,
+    Witnessed,
+)
 
 from .moment import Judged, PageSavings, Phase, Position, Recorder, Shown
 
 Buffer = bytes | bytearray | memoryview
 
 _LASTING = (
-    *(Header, CounterSample, Losses, ProcessSeen, Witnessed, Trailer),
+    *(Header, Batch, CounterSample, Losses, ProcessSeen, StackSeen, Witnessed, Trailer),
     *(TreeState, Trees, LiveProcess, Judged, Entry, SamplePoint, Contention),
 )
 _CLASSES = {
@@ -54,6 +65,8 @@ _CLASSES = {
 _ENUMS = {one.__name__: one for one in (Phase, Verdict, World)}
 _LONG = 32  # entries of a mapping that is sent once too
 _PLAIN = frozenset((int, float, str, bool, type(None)))
+_LENGTHS = struct.Struct("<QQ")  # of the JSON; how many arrays, whose lengths follow
+_LENGTH = struct.Struct("<Q")
 
 
 @functools.cache
@@ -168,7 +181,7 @@ class Unpacker:
             "x": _error,
         }
 
-    def unpack(self, packed: bytes, buffers: Sequence[Buffer]) -> Any:
+    def unpack(self, packed: bytes | bytearray, buffers: Sequence[Buffer]) -> Any:
         """Return the value."""
         self._named, self._buffers = {}, list(reversed(buffers))
         value = self._unpack(json.loads(packed))
@@ -213,3 +226,66 @@ def _error(name: str, message: str, hint: str | None, exit_status: int) -> Ksmtr
     error: KsmtraceError = getattr(errors, name, KsmtraceError)(message, hint)
     error.exit_status = exit_status
     return error
+
+
+class Sender:
+    """Sends values; they are to be received by one :class:`Receiver`.
+
+    Args:
+        to: a connected socket.
+    """
+
+    def __init__(self, to: socket.socket) -> None:
+        self._to = to
+        self._packer = Packer()
+
+    def send(self, value: object) -> None:
+        """Send a value.
+
+        Raises:
+            OSError: the other end has gone.
+        """
+        packed, arrays = self._packer.pack(value)
+        lengths = [_LENGTHS.pack(len(packed), len(arrays))]
+        lengths += [_LENGTH.pack(len(array)) for array in arrays]
+        self._to.sendall(b"".join(lengths) + packed)
+        for array in arrays:
+            self._to.sendall(array)
+
+
+class Receiver:
+    """Receives what a :class:`Sender` sends.
+
+    Args:
+        come_from: a connected socket.
+    """
+
+    def __init__(self, come_from: socket.socket) -> None:
+        self._come_from = come_from
+        self._unpacker = Unpacker()
+
+    def receive(self) -> Any:
+        """Wait for a value; None when the other end has gone."""
+        head = self._read(_LENGTHS.size)
+        if head is None:
+            return None
+        length, nr_arrays = _LENGTHS.unpack(head)
+        lengths = self._read(_LENGTH.size * nr_arrays)
+        packed = self._read(length)
+        arrays = [self._read(one) for (one,) in _LENGTH.iter_unpack(lengths or b"")]
+        if packed is None or lengths is None or None in arrays:
+            return None
+        return self._unpacker.unpack(packed, [array for array in arrays if array is not None])
+
+    def _read(self, length: int) -> bytearray | None:
+        content = bytearray(length)
+        left = memoryview(content)
+        while left:
+            try:
+                count = self._come_from.recv_into(left)
+            except OSError:
+                return None
+            if not count:
+                return None
+            left = left[count:]
+        return content

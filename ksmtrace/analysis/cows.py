@@ -18,7 +18,7 @@ REGRET_NS = 10_000_000_000
 """A page that is written to so soon after its merge was not worth merging, says the report. Each
 row of :func:`df_cows` has the time itself."""
 
-_PAGE_MASK = np.uint64(0xFFFF_FFFF_FFFF_F000)
+PAGE_MASK = np.uint64(0xFFFF_FFFF_FFFF_F000)
 _CAUSES = {cause.value: cause.name.lower() for cause in CowCause}
 
 
@@ -175,7 +175,7 @@ def _places(recorded: Recorded, events: Events) -> pd.DataFrame:
         {
             "ts_ns": events["ts_ns"].astype(np.int64),
             "life": life,
-            "address": events["address"] & _PAGE_MASK,
+            "address": events["address"] & PAGE_MASK,
         }
     )
 

@@ -86,7 +86,8 @@ class PassFigures:
 
     Attributes:
         completed: seen from beginning to end.
-        median_ns, longest_ns: of the last :data:`ksmtrace.analysis.tallies.KEPT_PASSES` of them.
+        median_ns: of the last :data:`ksmtrace.analysis.tallies.KEPT_PASSES` of them.
+        longest_ns: of all of them.
         pages_per_cpu_second: rmap_items of all of them, by ksmd's CPU time.
         last: the last passes, oldest first; the last one may be under way.
     """
@@ -477,7 +478,7 @@ class Live:
         return PassFigures(
             passes.completed,
             int(np.median(durations)) if len(durations) else None,
-            int(durations.max()) if len(durations) else None,
+            passes.longest_ns,
             passes.rmap_entries / (passes.cpu_ns / 1e9) if passes.cpu_ns else None,
             last,
         )

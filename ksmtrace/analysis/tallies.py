@@ -24,17 +24,32 @@ from ksmtrace.analysis.books import (
     iter_said,
     make_rule,
 )
+from ksmtrace.analysis.cows import PAGE_MASK, REGRET_NS
 from ksmtrace.analysis.merges import Merges, nr_settled, tell_outcomes
 from ksmtrace.analysis.recorded import Recorded, has_flag
-from ksmtrace.events import KIND_BY_NAME, KINDS, EventFlag, Events, concatenate, of_kind, select
+from ksmtrace.analysis.sharers import JOINS_AND_LEAVES
+from ksmtrace.events import (
+    KIND_BY_NAME,
+    KINDS,
+    CowCause,
+    EventFlag,
+    Events,
+    concatenate,
+    of_kind,
+    select,
+)
 from ksmtrace.stream import CounterSample, Header, Losses, ProcessSeen
 
 Mask = npt.NDArray[np.bool_]
+Keys = npt.NDArray[np.uint64]
+Times = npt.NDArray[np.uint64]
 
 _START = KIND_BY_NAME["ksm_start_scan"].number
 _ENTER = KIND_BY_NAME["ksm_enter"].number
 _EXIT = KIND_BY_NAME["ksm_exit"].number
 _BREAK = KIND_BY_NAME["break_ksm"].number
+_APPEND = KIND_BY_NAME["stable_tree_append"].number
+_COPY = KIND_BY_NAME["do_wp_page"].number
 _WITH_MM = np.array([kind.number for kind in KINDS if "mm" in kind.body])
 _UNFINISHED = (
     *("ksm_merge_with_ksm_page", "stable_tree_append"),
@@ -48,6 +63,8 @@ KEPT_PASSES = 512
 KEPT_PROCESSES = 4096
 _MARKS_KEPT = 256
 _RATE_NS = 2_000_000_000
+_JOINS_NS = 1_000_000_000
+_SCATTER = np.uint64(0x9E37_79B9_7F4A_7C15)
 
 
 @dataclass(frozen=True)
@@ -135,6 +152,7 @@ class PassTally:
         self.completed = 0
         self.cpu_ns = 0
         self.rmap_entries = 0
+        self.longest_ns: int | None = None
         self._passes: deque[Pass] = deque(maxlen=KEPT_PASSES)
         self._begun: np.void | None = None
         self._unassigned = 0
@@ -164,6 +182,7 @@ class PassTally:
         if one.begin_ns is None or begun is None:
             return
         self.completed += 1
+        self.longest_ns = max(self.longest_ns or 0, one.end_ns - one.begin_ns)
         self.rmap_entries += one.rmap_entries
         if begun["flags"] & mark["flags"] & EventFlag.HAS_COUNTS:
             one.cpu_ns = int(mark["ksmd_cpu_ns"]) - int(begun["ksmd_cpu_ns"])
@@ -213,6 +232,10 @@ class LiveProcess:
         key: tells it from every other one of the stream.
         left_pages: sharers that left, as far as events tell: with their node, and singly. A
             node's last sharer has no event and is not among them.
+        copies: copies of its KSM pages on write that no unmerge made; None: not observable.
+        copies_took_ns, longest_copy_ns: how long these took together, and the longest.
+        regretted_pages: those within :data:`ksmtrace.analysis.cows.REGRET_NS` of the page's
+            merge; None: not observable.
         merged_per_s, left_per_s: since a sample of the counters two seconds ago or so.
         stat: all values of /proc/PID/ksm_stat in the last sample of it.
     """
@@ -231,6 +254,10 @@ class LiveProcess:
     left_singly_pages: int
     zero_merged_pages: int
     visited_pages: int
+    copies: int | None
+    copies_took_ns: int | None
+    longest_copy_ns: int | None
+    regretted_pages: int | None
     ksm_merging_pages: int | None
     ksm_rmap_items: int | None
     ksm_zero_pages: int | None
@@ -270,12 +297,59 @@ class _Life:
     counted_ns: int | None = None
     stat: Mapping[str, int | str | None] = field(default_factory=dict)
     is_told_twice: bool = False
+    longest_copy_ns: int = 0
     shown: LiveProcess | None = None
     shown_of: tuple[object, ...] = ()
 
 
-_TALLIED = ("merged", "failed", "removed", "left", "zero", "visited")
+_TALLIED = (
+    *("merged", "failed", "removed", "left", "zero", "visited"),
+    *("copies", "copies_took_ns", "regretted"),
+)
 _MOVING = [_TALLIED.index(name) for name in ("merged", "zero", "removed", "left")]
+
+
+class _Joins:
+    """The pages that became sharers less than :data:`REGRET_NS` ago, in parts of about a second."""
+
+    def __init__(self) -> None:
+        self._parts: deque[tuple[Keys, Times]] = deque()  # each by key, then by time
+        self._new: list[tuple[Keys, Times]] = []
+        self._began_ns = 0
+
+    def add(self, keys: Keys, ts_ns: Times) -> None:
+        """Add pages, each of a key of its own, that joined at these times; shape (n,)."""
+        if not len(keys):
+            return
+        last_ns = int(ts_ns.max())
+        if self._new and last_ns > self._began_ns + _JOINS_NS:
+            self._parts.append(_in_order(self._new))
+            self._new = []
+        if not self._new:
+            self._began_ns = int(ts_ns.min())
+        self._new.append((keys, ts_ns))
+        while self._parts and int(self._parts[0][1].max()) + REGRET_NS < last_ns:
+            self._parts.popleft()
+
+    def recent(self, keys: Keys, ts_ns: Times) -> Mask:
+        """Say per page whether it had joined at most :data:`REGRET_NS` before the time."""
+        found = np.zeros(len(keys), bool)
+        if self._new:
+            self._new = [_in_order(self._new)]
+        for known, joined_ns in (*self._parts, *self._new):
+            first = np.searchsorted(known, keys, side="left")
+            count = np.searchsorted(known, keys, side="right") - first
+            for at in np.flatnonzero(count).tolist():
+                times = joined_ns[first[at] : first[at] + count[at]]
+                before = times <= ts_ns[at]
+                found[at] |= bool((before & (times + np.uint64(REGRET_NS) >= ts_ns[at])).any())
+        return found
+
+
+def _in_order(parts: list[tuple[Keys, Times]]) -> tuple[Keys, Times]:
+    keys, ts_ns = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    order = np.lexsort((ts_ns, keys))
+    return keys[order], ts_ns[order]
 
 
 class ProcessTally:
@@ -286,9 +360,12 @@ class ProcessTally:
 
     def __init__(self, header: Header) -> None:
         self.forgotten = 0
-        self._counts_zero_pages = Recorded(header, concatenate([])).has_field(
-            "ksm_exit", "ksm_zero_pages"
-        )
+        seen = Recorded(header, concatenate([]))
+        self._counts_zero_pages = seen.has_field("ksm_exit", "ksm_zero_pages")
+        self._sees_copies = seen.can_see("do_wp_page")
+        self._sees_regret = self._sees_copies and seen.can_see("ksm_merge_with_ksm_page")
+        self._sees_joins = seen.can_see(*JOINS_AND_LEAVES)
+        self._joins = _Joins()
         self._lives: list[_Life] = []
         self._next_key = 0
         self._counts = np.zeros((len(_TALLIED), 64), np.int64)
@@ -313,6 +390,8 @@ class ProcessTally:
             zero = kinds == KIND_BY_NAME["ksm_merge_one_page"].number
             self._add("zero", rows[zero & (chosen["err"] == 0)])
         self._add_merges(merges, merges.appended, merges.failed | merges.undone)
+        if self._sees_copies:
+            self._take_copies(chosen, rows if len(chosen) else _NO_MOVES, merges)
         if len(self._lives) > KEPT_PROCESSES:
             self._forget()
 
@@ -322,6 +401,41 @@ class ProcessTally:
             rows = self._rows_at(merges.events)
             self._add("merged", rows[known & appended])
             self._add("failed", rows[known & failed])
+
+    def _take_copies(self, events: Events, rows: npt.NDArray[np.int64], merges: Merges) -> None:
+        if self._sees_joins:
+            self._take_joins(events, rows, events["kind"] == _APPEND)
+        elif self._sees_regret:
+            merged = select(merges.events, merges.appended & (merges.events["mm"] != 0))
+            self._take_joins(merged, self._rows_at(merged), np.ones(len(merged), bool))
+        chosen = (events["kind"] == _COPY) & (events["err"] == 0) & (rows >= 0)
+        chosen &= events["cause"] != CowCause.UNMERGE
+        if not chosen.any():
+            return
+        copies, rows = events[chosen], rows[chosen]
+        self._add("copies", rows)
+        np.add.at(
+            self._counts[_TALLIED.index("copies_took_ns")],
+            rows,
+            copies["duration_ns"].astype(np.int64),
+        )
+        for row in np.unique(rows).tolist():
+            life = self._lives[row]
+            longest = int(copies["duration_ns"][rows == row].max())
+            life.longest_copy_ns = max(life.longest_copy_ns, longest)
+        recent = self._joins.recent(self._pages(copies, rows), copies["ts_ns"])
+        self._add("regretted", rows[recent])
+
+    def _take_joins(self, events: Events, rows: npt.NDArray[np.int64], joined: Mask) -> None:
+        joined = joined & (rows >= 0) & has_flag(events, EventFlag.HAS_ADDRESS)
+        self._joins.add(self._pages(events[joined], rows[joined]), events["ts_ns"][joined])
+
+    def _pages(self, events: Events, rows: npt.NDArray[np.int64]) -> Keys:
+        """Return per event, of a known life, a number that stands for the page."""
+        lives, at = np.unique(rows, return_inverse=True)
+        keys = np.array([self._lives[row].key for row in lives.tolist()], np.uint64)
+        pages: Keys = (events["address"] & PAGE_MASK) + keys[at] * _SCATTER
+        return pages
 
     def _add(self, name: str, rows: npt.NDArray[np.int64]) -> None:
         rows = rows[rows >= 0]
@@ -543,7 +657,7 @@ class ProcessTally:
         of = (life.pid, times, life.counts, counts, merged_per_s, left_per_s, who, id(life.stat))
         if life.shown is not None and life.shown_of == of:
             return life.shown
-        merged, failed, removed, left, zero, visited = counts
+        merged, failed, removed, left, zero, visited, copies, copies_took_ns, regretted = counts
         merging, rmap_items, zero_pages = life.counts
         life.shown_of = of
         life.shown = LiveProcess(
@@ -561,6 +675,10 @@ class ProcessTally:
             left_singly_pages=left,
             zero_merged_pages=zero,
             visited_pages=visited,
+            copies=copies if self._sees_copies else None,
+            copies_took_ns=copies_took_ns if self._sees_copies else None,
+            longest_copy_ns=life.longest_copy_ns if self._sees_copies else None,
+            regretted_pages=regretted if self._sees_regret else None,
             ksm_merging_pages=merging,
             ksm_rmap_items=rmap_items,
             ksm_zero_pages=zero_pages,

@@ -10,8 +10,9 @@ import pytest
 
 from ksmtrace.analysis.recorded import gather
 from ksmtrace.recording.reader import RecordingReader
-from ksmtrace.tui import replay
+from ksmtrace.tui import nodes, replay
 from ksmtrace.tui.moment import Phase
+from ksmtrace.tui.tables import View
 
 
 def test_processes_are_sorted_searched_grouped_and_opened(tui):
@@ -265,3 +266,90 @@ def test_seeking_back_folds_again_only_what_came_since(tui, monkeypatch):
             assert rows.tobytes() == fresh_rows.tobytes(), table
     # They went on from what was known a hundred events or so before.
     assert all(count > 2000 for count in begun), begun
+
+
+@pytest.mark.parametrize("opens", ["question_mark", "slash", "ctrl+p"])
+def test_ctrl_c_ends_it_whatever_is_open(tui, opens):
+    async def act(pilot, app):
+        await pilot.press("2", opens)
+        await tui.until(pilot, lambda: len(app.screen_stack) == 2)
+        await pilot.press("ctrl+c")
+        await tui.until(pilot, lambda: app._exit)
+
+    assert tui.drive(tui.replay("cow"), act).return_code == 0
+
+
+def test_the_palette_finds_what_has_a_key(tui, tmp_path):
+    async def act(pilot, app):
+        await pilot.press("2", "ctrl+p")
+        await tui.until(pilot, lambda: len(app.screen_stack) == 2)
+        titles = {one.title for one in app.get_system_commands(app.screen)}
+        assert {"Export as CSV", "Search", "Step", "To the end", "Light or dark"} <= titles
+        assert "Record" not in titles and "Change a knob" not in titles
+        await pilot.press(*"export as csv")
+        await tui.until(pilot, lambda: "the table of this screen" in tui.text_of(app))
+        await pilot.press("enter")
+        await tui.until(pilot, lambda: any(tmp_path.iterdir()))
+
+    tui.drive(tui.replay("cow"), act)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".csv"]
+
+
+@pytest.mark.parametrize("is_live", [False, True])
+def test_the_bar_of_keys_is_cut_at_no_key(tui, is_live):
+    async def act(pilot, app):
+        for key in "1234567":
+            await pilot.press(key)
+            await tui.drawn(pilot)
+            bar = tui.text_of(app).splitlines()[-1]
+            assert len(bar) <= 80 and "q quit" in bar and "? help" in bar
+            assert bar.split()[-2] in ("x", "e", "k", ".")
+
+    tui.drive(tui.live_engine("cow") if is_live else tui.replay("cow"), act)
+
+
+def test_an_export_holds_what_the_screen_has_no_room_for(tui, tmp_path):
+    async def act(pilot, app):
+        await pilot.press("7", "e")
+        await tui.until(pilot, lambda: any(tmp_path.iterdir()))
+        assert app.query_one("#events-table").row_count == 200
+
+    tui.drive(tui.replay("guest-7.x-churn"), act)
+    (path,) = tmp_path.iterdir()
+    assert len(list(csv.DictReader(path.open()))) == 3079
+
+
+def test_all_chains_are_counted_searched_and_sorted(tui):
+    engine = tui.replay("guest-6.12-witnessed")
+    tui.drive(engine, lambda pilot, app: tui.drawn(pilot))
+    table = nodes.trees(engine.shown, View(by="chains", most=2))
+    assert len(table.rows) == 2 and table.nr_rows == 13
+    whole = nodes.trees(engine.shown, View(by="chains"))
+    assert sum(row.values["sharers"] for row in whole.rows) == 306
+
+
+def test_a_recording_that_grows_is_read_on(tui, tmp_path):
+    whole = (tui.recordings / "guest-7.x-churn.ksmt").read_bytes()
+    path = tmp_path / "grows.ksmt"
+    path.write_bytes(whole[:40_000])
+
+    async def act(pilot, app):
+        assert "cut off" in tui.text_of(app)
+        before_ns = app.shown.position.length_ns
+        with path.open("ab") as file:
+            file.write(whole[40_000:])
+        await pilot.press("right_curly_bracket")
+        await tui.until(pilot, lambda: app.shown.position.length_ns > before_ns)
+        await tui.until(pilot, lambda: app.shown.phase is Phase.ENDED)
+        await tui.drawn(pilot)
+        assert app.shown.picture.nr_events == 3079 and "cut off" not in tui.text_of(app)
+
+    tui.drive(replay.ReplayEngine(path, at_end=True), act)
+
+
+def test_space_at_the_end_plays_again(tui):
+    async def act(pilot, app):
+        await pilot.press("space")
+        await tui.until(pilot, lambda: app.shown.phase is Phase.PLAYING)
+
+    tui.drive(tui.replay("guest-7.x-churn"), act)

@@ -8,6 +8,10 @@ import pytest
 
 from ksmtrace.tui.draw import Look, width_of
 from ksmtrace.tui.graphs import GRAPHS, graphs
+from ksmtrace.tui.lines import Lines
+from ksmtrace.tui.locks import locks
+from ksmtrace.tui.moment import Phase
+from ksmtrace.tui.overview import overview
 
 SIZES = pytest.mark.parametrize("size", [(80, 24), (160, 50)], ids=["80x24", "160x50"])
 KEYS = {"overview": "1", "processes": "2", "trees": "3", "outcomes": "4", "locks": "5"}
@@ -163,3 +167,119 @@ def test_no_colour_is_drawn_where_nobody_wants_it(tui, monkeypatch):
         assert all(len(set(colour)) == 1 for colour in colours), colours
 
     tui.drive(tui.replay("losses"), act)
+
+
+def test_regret_and_copies_are_shown_or_why_not(tui):
+    async def absent(pilot, app):
+        await pilot.press("2")
+        await tui.drawn(pilot)
+        assert "regret, COW: not visible: the recording is older" in tui.text_of(app)
+        (row, *_) = app.query_one("#processes-table").table.rows
+        assert row.values["regretted_pages"] is None and row.values["copies"] is None
+        await pilot.press("enter")
+        await tui.until(pilot, lambda: "COPIES ON WRITE  not visible" in tui.text_of(app))
+
+    async def seen(pilot, app):
+        await pilot.press("2")
+        await tui.drawn(pilot)
+        assert "not visible" not in tui.text_of(app)
+        (row, *_) = app.query_one("#processes-table").table.rows
+        assert row.values["regretted_pages"] == 0 and row.values["copies"] == 0
+
+    tui.drive(tui.replay("duplicates"), absent)
+    tui.drive(tui.replay("guest-6.12-visits"), seen, (160, 50))
+
+
+def luminance(colour):
+    parts = (part / 255 for part in colour)
+    red, green, blue = (
+        one / 12.92 if one <= 0.03928 else ((one + 0.055) / 1.055) ** 2.4 for one in parts
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_all_text_can_be_read_and_what_is_muted_is_paler(tui, theme):
+    contrasts = {}
+
+    async def act(pilot, app):
+        if theme == "light":
+            await pilot.press("t")
+        assert app.current_theme.dark == (theme == "dark")
+        for key in "1234567":
+            await pilot.press(key)
+            if key == "6":
+                await tui.until(pilot, lambda: app.shown.judged is not None)
+            await tui.drawn(pilot)
+            strips = app.screen._compositor.render_strips()
+            for segment in (segment for strip in strips for segment in strip):
+                text, style = segment.text.strip(), segment.style
+                # A single block is the end of a scroll bar.
+                if any(map(str.isalnum, text)) or text[2:].strip("▁▂▃▄▅▆▇█") != text[2:]:
+                    sides = map(luminance, (style.color.triplet, style.bgcolor.triplet))
+                    dark, light = sorted(sides)
+                    contrasts[text] = (light + 0.05) / (dark + 0.05)
+
+    tui.drive(tui.replay("contended-storm"), act, (160, 50))
+    assert {text: one for text, one in contrasts.items() if one < 4.5} == {}
+    assert contrasts["saved"] < contrasts["IS KSM PAYING?"] / 1.5
+
+
+@pytest.mark.parametrize("columns", [80, 100, 160])
+def test_exact_numbers_are_neither_cut_nor_run_together(tui, columns):
+    engine = tui.replay("contended-storm")
+    tui.drive(engine, lambda pilot, app: tui.drawn(pilot))
+    look = Look(columns - 1, exact=True)
+    shown = engine.shown
+    waits = shown.picture.waits["mmap_lock"]
+    said = {
+        "overview": "\n".join("".join(text for text, _ in one) for one in overview(shown, look)),
+        "locks": "\n".join("".join(text for text, _ in one) for one in locks(shown, look)),
+    }
+    passes = shown.picture.passes
+    for value in (passes.median_ns, passes.longest_ns):
+        assert f" {value:,} ns" in said["overview"]
+    for value in (waits.holds, waits.total_wait_ns, waits.worst_hold_ns):
+        assert f" {value:,} " in said["locks"]
+
+
+def test_what_is_counted_and_not_mapped_is_an_alarm(tui):
+    async def act(pilot, app):
+        text = " ".join(tui.text_of(app).split())
+        assert "the counters say that 964.0 KiB is saved, what is mapped 0 B" in text
+
+    tui.drive(tui.replay("guest-6.12-witnessed"), act)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (100, 30), (160, 50)])
+def test_what_is_opened_fits_its_box(tui, size):
+    async def act(pilot, app):
+        for keys in (("question_mark",), ("3", "enter"), ("2", "enter")):
+            await pilot.press(*keys)
+            await tui.until(pilot, lambda: len(app.screen_stack) == 2)
+            await pilot.pause(0.05)
+            lines = app.screen.query_one(Lines)
+            # One row each: nothing is wrapped once more by the widget.
+            assert lines.size.height == len(lines._lines), tui.text_of(app)
+            await pilot.press("escape")
+            await tui.until(pilot, lambda: len(app.screen_stack) == 1)
+
+    tui.drive(tui.replay("guest-6.12-witnessed"), act, size)
+
+
+def test_what_came_before_the_damage_can_be_gone_to(tui, tmp_path):
+    content = bytearray((tui.recordings / "guest-7.x-churn.ksmt").read_bytes())
+    content[len(content) * 3 // 4] ^= 255
+    path = tmp_path / "damaged.ksmt"
+    path.write_bytes(content)
+    from ksmtrace.tui.replay import ReplayEngine
+
+    async def act(pilot, app):
+        await pilot.press("left_curly_bracket", "space")
+        await tui.until(pilot, lambda: app.shown.phase is not Phase.FAILED)
+        await tui.until(pilot, lambda: app.shown.position.at_ns < app.shown.position.length_ns)
+        await pilot.press("right_curly_bracket")
+        await tui.until(pilot, lambda: app.shown.phase is Phase.FAILED)
+
+    app = tui.drive(ReplayEngine(path, at_end=True), act)
+    assert app.engine.failure.exit_status == 5

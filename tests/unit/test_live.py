@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,15 @@ from ksmtrace.analysis import live as live_module
 from ksmtrace.analysis import tallies, topics
 from ksmtrace.analysis.books import balance
 from ksmtrace.analysis.contention import find_contention
+from ksmtrace.analysis.cows import find_cows
 from ksmtrace.analysis.live import Live, Picture
 from ksmtrace.analysis.merges import df_rates, find_merges
 from ksmtrace.analysis.processes import find_processes
 from ksmtrace.analysis.rates import BUCKET_NS
 from ksmtrace.analysis.recorded import Recorded, gather
 from ksmtrace.analysis.report import make_report
-from ksmtrace.events import NR_KINDS
+from ksmtrace.analysis.sharers import find_sharers
+from ksmtrace.events import KIND_BY_NAME, NR_KINDS, CowCause, concatenate
 from ksmtrace.reconstruct.replay import Replay
 from ksmtrace.recording.reader import RecordingReader
 from ksmtrace.stream import Batch
@@ -102,6 +105,18 @@ def test_passes_are_the_reports(name, part):
     ]
 
 
+def test_the_longest_pass_is_the_reports_however_long_ago(monkeypatch):
+    monkeypatch.setattr(tallies, "KEPT_PASSES", 2)
+    reader = opened("guest-6.12-witnessed")
+    live = Live(reader.header)
+    for item in reader:
+        live.take(item)
+    picture = live.picture(all_of_it=True)
+    assert picture.passes is not None and len(live._passes._passes) == 2
+    scans = make_report(whole("guest-6.12-witnessed"))["scans"]
+    assert picture.passes.longest_ns == scans["longest_duration_ns"] == 56301549
+
+
 @PARTS
 def test_processes_are_the_reports(name, part):
     picture = final(name, part)
@@ -127,6 +142,57 @@ def test_processes_are_the_reports(name, part):
         assert sum(one.removed_pages for one in picture.processes) == sum(
             one.removed_pages for one in found
         )
+
+
+@pytest.mark.parametrize("part", [None, 61, 1])
+@pytest.mark.parametrize(
+    ("name", "by_appends"), [("guest-6.12-visits", True), ("guest-6.12-visits", False)]
+)
+def test_copies_and_regret_are_the_reports(name, part, by_appends):
+    recorded = with_copies(whole(name), by_appends)
+    report = find_cows(recorded).by_process
+    assert [writer.copies for writer in report] == [22, 11]
+    assert sum(writer.regretted for writer in report) == 22
+    live = Live(recorded.header)
+    part = part or len(recorded.events)
+    for begin in range(0, len(recorded.events), part):
+        live.take(Batch(recorded.events[begin : begin + part]))
+        live.settle()
+    told = [one for one in live.picture(all_of_it=True).processes if one.copies]
+    assert sorted(
+        (one.pid, one.copies, one.copies_took_ns, one.longest_copy_ns, one.regretted_pages)
+        for one in told
+    ) == sorted(
+        (one.pid, one.copies, one.total_ns, one.latency.max_ns, one.regretted) for one in report
+    )
+
+
+def with_copies(recorded: Recorded, by_appends: bool) -> Recorded:
+    """Let every other page that merged be written to soon, and every other one after 11 s."""
+    merged = find_sharers(recorded).joined
+    copies = []
+    for number, after_ns in enumerate((1_000_000, 11_000_000_000, 2_000_000)):
+        some = merged[number::2].copy()
+        if number == 1:
+            some = some[some["pid"] == 206]  # the other one has gone by then
+        some["kind"] = KIND_BY_NAME["do_wp_page"].number
+        some["ts_ns"] += np.uint64(after_ns)
+        some["err"], some["pfn"] = 0, 1
+        some["cause"] = CowCause.UNMERGE if number == 2 else CowCause.WRITE
+        some["duration_ns"] = 1_000 * np.arange(1, len(some) + 1)
+        copies.append(some)
+    events = concatenate([recorded.events, *copies])
+    events = events[np.argsort(events["ts_ns"], kind="stable")]
+    kept = np.ones(len(events), bool)
+    header = recorded.header
+    if not by_appends:
+        kept = events["kind"] != KIND_BY_NAME["stable_tree_append"].number
+        plan = [
+            {**one, "rung": "absent"} if one["event"] == "stable_tree_append" else one
+            for one in header.plan
+        ]
+        header = replace(header, plan=plan)
+    return Recorded(header, concatenate([events[kept]]))
 
 
 @PARTS
