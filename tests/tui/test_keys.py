@@ -349,6 +349,10 @@ def test_a_recording_that_grows_is_read_on(tui, tmp_path):
 
 def test_space_at_the_end_plays_again(tui):
     async def act(pilot, app):
+        await pilot.press("left_curly_bracket", "space")  # on from where it has played to
+        await tui.until(pilot, lambda: app.shown.phase is Phase.PLAYING)
+        await pilot.press("right_curly_bracket")
+        await tui.until(pilot, lambda: app.shown.phase is Phase.ENDED)
         await pilot.press("space")
         await tui.until(pilot, lambda: app.shown.phase is Phase.PLAYING)
 
