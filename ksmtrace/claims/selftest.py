@@ -36,8 +36,8 @@ _ATTACH_S = 600.0
 _END_S = 600.0
 _SAMPLE_INTERVAL = "0.5"
 _RECORDING, _TRIALS = "selftest.ksmt", "trials.jsonl"
-_KSMTRACE = [sys.executable, "-c", "from ksmtrace.cli import main; main()"]
-_PERFORM = [sys.executable, "-m", "ksmtrace.claims.perform"]
+_KSMTRACE = [sys.executable, "-P", "-c", "from ksmtrace.cli import main; main()"]
+_PERFORM = [sys.executable, "-P", "-m", "ksmtrace.claims.perform"]
 
 
 def trials_for(claims: Sequence[Claim]) -> list[str]:

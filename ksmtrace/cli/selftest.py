@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ksmtrace.claims.claim import Case
 
 _SKIPPED = 4
-_KSMTRACE = [sys.executable, "-c", "from ksmtrace.cli import main; main()"]
+_KSMTRACE = [sys.executable, "-P", "-c", "from ksmtrace.cli import main; main()"]
 _GUEST_MEMORY_BYTES = 1 << 30
 _GUEST_SWAP_BYTES = 256 << 20
 _GUEST_HOTPLUG_BYTES = 128 << 20
