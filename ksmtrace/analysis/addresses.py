@@ -34,14 +34,21 @@ def next_place(events: Events, field: str, chosen: Places, later: Places) -> Pla
         Places of shape (m,); n where nothing follows.
     """
     none = len(events)
-    _, values = np.unique(np.r_[events[field][chosen], events[field][later]], return_inverse=True)
-    keys = values.astype(np.int64) * (none + 1) + np.r_[chosen, later]
-    followed, following = keys[: len(chosen)], np.sort(keys[len(chosen) :])
-    nearest = np.r_[following, np.iinfo(np.int64).max][
-        np.searchsorted(following, followed, side="right")
-    ]
-    same_value = nearest // (none + 1) == values[: len(chosen)]
-    return np.where(same_value, nearest % (none + 1), none)
+    if not len(later):
+        return np.full(len(chosen), none)
+    # np.unique's own inverse would take twice the memory.
+    values = np.unique(events[field][later])
+    following = np.searchsorted(values, events[field][later])
+    following *= none + 1
+    following += later
+    following.sort()
+    wanted = events[field][chosen]
+    number = np.searchsorted(values, wanted)
+    at = np.searchsorted(following, number * (none + 1) + chosen, side="right")
+    nearest = np.r_[following, np.iinfo(np.int64).max][at]
+    followed = values[np.minimum(number, len(values) - 1)] == wanted
+    followed &= nearest // (none + 1) == number
+    return np.where(followed, nearest % (none + 1), none)
 
 
 def number_lives(events: Events, field: str, chosen: Places, ends: Places) -> Places:
@@ -61,8 +68,9 @@ def number_lives(events: Events, field: str, chosen: Places, ends: Places) -> Pl
     is_end = np.r_[np.zeros(len(chosen), bool), np.ones(len(ends), bool)]
     addresses = events[field][places]
     order = np.lexsort((places, addresses))
+    addresses = addresses[order]
     begins = np.ones(len(order), bool)
-    begins[1:] = (addresses[order][1:] != addresses[order][:-1]) | is_end[order][:-1]
+    begins[1:] = (addresses[1:] != addresses[:-1]) | is_end[order][:-1]
     numbers = np.empty(len(order), np.int64)
     numbers[order] = np.cumsum(begins)
     return numbers[: len(chosen)]

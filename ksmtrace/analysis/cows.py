@@ -12,7 +12,7 @@ from ksmtrace.analysis.lives import find_lives, has_mm
 from ksmtrace.analysis.recorded import Recorded, has_flag
 from ksmtrace.analysis.sharers import find_sharers
 from ksmtrace.analysis.visits import Histogram, find_histogram
-from ksmtrace.events import CowCause, EventFlag, Events, of_kind
+from ksmtrace.events import CowCause, EventFlag, Events, of_kind, select
 
 REGRET_NS = 10_000_000_000
 """A page that is written to so soon after its merge was not worth merging, says the report. Each
@@ -156,7 +156,7 @@ def df_cows(recorded: Recorded) -> pd.DataFrame:
     table["cause"] = pd.array(causes, "string")
     table = table.sort_values("ts_ns", kind="stable", ignore_index=True)
     joined = find_sharers(recorded.whole()).joined
-    joins = _places(recorded, joined[has_flag(joined, EventFlag.HAS_ADDRESS)])
+    joins = _places(recorded, select(joined, has_flag(joined, EventFlag.HAS_ADDRESS)))
     joins["merged_ns"] = joins["ts_ns"]
     table = pd.merge_asof(
         table, joins.sort_values("ts_ns", kind="stable"), on="ts_ns", by=["life", "address"]
@@ -170,7 +170,7 @@ def _places(recorded: Recorded, events: Events) -> pd.DataFrame:
     """Tell per event the time, the mm's life (-1: unknown), and the page's address."""
     known = has_mm(events)
     life = np.full(len(events), -1, np.int64)
-    life[known] = find_lives(recorded.whole()).of(events[known])
+    life[known] = find_lives(recorded.whole()).of(select(events, known))
     return pd.DataFrame(
         {
             "ts_ns": events["ts_ns"].astype(np.int64),

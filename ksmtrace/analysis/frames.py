@@ -32,7 +32,7 @@ from ksmtrace.analysis.races import df_walks
 from ksmtrace.analysis.recorded import Recorded, gather
 from ksmtrace.analysis.unmerges import find_unmerges
 from ksmtrace.analysis.visits import find_visits
-from ksmtrace.events import HEAD, KIND_BY_NAME, of_kind
+from ksmtrace.events import HEAD, KIND_BY_NAME, of_kind, select
 from ksmtrace.recording.reader import RecordingReader
 
 
@@ -93,7 +93,7 @@ def df_attempts(recorded: Recorded) -> pd.DataFrame:
     lives = find_lives(recorded.whole())
     owners = pd.array([life.pid for life in lives.lives], dtype="Int64")
     pids = pd.array([None] * len(events), dtype="Int64")
-    pids[known] = owners[lives.of(events[known])]
+    pids[known] = owners[lives.of(select(events, known))]
     return _frame(
         df_attempts,
         {

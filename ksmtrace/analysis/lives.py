@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ksmtrace.analysis.recorded import Recorded, has_flag
-from ksmtrace.events import KIND_BY_NAME, KINDS, EventFlag, Events
+from ksmtrace.analysis.addresses import Places
+from ksmtrace.analysis.recorded import Recorded
+from ksmtrace.events import KIND_BY_NAME, KINDS, EventFlag, Events, select
 
 _ENTER = KIND_BY_NAME["ksm_enter"].number
 _EXIT = KIND_BY_NAME["ksm_exit"].number
@@ -48,21 +49,21 @@ class Lives:
     """
 
     def __init__(self, events: Events) -> None:
-        events = with_mm(events)
-        known = has_flag(events, EventFlag.PID_IS_OWNER)
+        places = np.flatnonzero(has_mm(events))
+        mms = events["mm"][places]
         self.lives: list[Life] = []
         self._starts: dict[int, tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]] = {}
-        for chosen in _by_mm(events):
-            self._split(events[chosen], known[chosen])
+        for chosen in _by_value(mms):
+            self._split(int(mms[chosen[0]]), events, places[chosen])
 
-    def _split(self, events: Events, known: npt.NDArray[np.bool_]) -> None:
-        mm = int(events["mm"][0])
-        marks = np.flatnonzero(np.isin(events["kind"], (_ENTER, _EXIT)))
+    def _split(self, mm: int, events: Events, places: Places) -> None:
+        kinds = events["kind"][places]
         starts = [0]
         exited, owner = False, None
-        for index in marks.tolist():
-            pid = int(events["pid"][index]) if known[index] else None
-            if events["kind"][index] == _ENTER:
+        for index in np.flatnonzero((kinds == _ENTER) | (kinds == _EXIT)).tolist():
+            event = events[places[index]]
+            pid = int(event["pid"]) if event["flags"] & EventFlag.PID_IS_OWNER else None
+            if kinds[index] == _ENTER:
                 if index and (exited or (owner is not None and pid not in (None, owner))):
                     starts.append(index)
                 exited = False
@@ -70,15 +71,19 @@ class Lives:
             else:
                 exited = True
         first_row = len(self.lives)
-        for begin, end in zip(starts, [*starts[1:], len(events)], strict=True):
-            self.lives.append(_life(mm, events[begin:end], known[begin:end]))
-        self._starts[mm] = (events["ts_ns"][starts], np.arange(first_row, len(self.lives)))
+        for begin, end in zip(starts, [*starts[1:], len(places)], strict=True):
+            self.lives.append(_life(mm, events, places[begin:end]))
+        self._starts[mm] = (
+            events["ts_ns"][places[starts]],
+            np.arange(first_row, len(self.lives)),
+        )
 
     def of(self, events: Events) -> npt.NDArray[np.int64]:
         """Return per event, each of them :func:`with_mm`, the index of its life; shape (n,)."""
         rows = np.empty(len(events), np.int64)
-        for chosen in _by_mm(events):
-            times, indexes = self._starts[int(events["mm"][chosen[0]])]
+        mms = events["mm"]
+        for chosen in _by_value(mms):
+            times, indexes = self._starts[int(mms[chosen[0]])]
             at = np.searchsorted(times, events["ts_ns"][chosen], side="right") - 1
             rows[chosen] = indexes[np.maximum(at, 0)]
         return rows
@@ -99,34 +104,37 @@ def has_mm(events: Events) -> npt.NDArray[np.bool_]:
 
 def with_mm(events: Events) -> Events:
     """Leave out the events that tell of no mm, or of one that could not be read."""
-    known: Events = events[has_mm(events)]
-    return known
+    known = has_mm(events)
+    return events if known.all() else select(events, known)
 
 
-def _by_mm(events: Events) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield per mm the indexes of its events, in order."""
-    order = np.argsort(events["mm"], kind="stable")
-    mms = events["mm"][order]
-    yield from (part for part in np.split(order, np.flatnonzero(np.diff(mms)) + 1) if len(part))
+def _by_value(values: npt.NDArray[np.uint64]) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield per value its indexes, in order."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    yield from (part for part in np.split(order, np.flatnonzero(np.diff(ordered)) + 1) if len(part))
 
 
-def _life(mm: int, events: Events, known: npt.NDArray[np.bool_]) -> Life:
+def _life(mm: int, events: Events, places: Places) -> Life:
+    kinds, pids = events["kind"][places], events["pid"][places]
+    known = (events["flags"][places] & EventFlag.PID_IS_OWNER) != 0
     # A fork registers the child's mm before the child has its pid: the owner that ksm_enter then
     # names is the parent (kernel/fork.c:copy_process).
-    by_owner = known & (events["kind"] != _ENTER)
-    pids = events["pid"][by_owner if by_owner.any() else known]
-    if not len(pids):
-        # All that is left of a process known by its exit alone: the task that ended its mm.
-        pids = events["pid"][events["kind"] == _EXIT]
-    entered = len(events) > 0 and events["kind"][0] == _ENTER
-    counted = entered and events["flags"][0] & EventFlag.HAS_COUNTS
-    exits = events["ts_ns"][events["kind"] == _EXIT]
+    by_owner = known & (kinds != _ENTER)
+    exits = kinds == _EXIT
+    # The last are all that is left of a process known by its exit alone: the task that ended its
+    # mm.
+    owners = next((pids[mask] for mask in (by_owner, known, exits) if mask.any()), pids[:0])
+    first = events[places[0]]
+    entered = first["kind"] == _ENTER
+    counted = entered and first["flags"] & EventFlag.HAS_COUNTS
+    exited = places[exits]
     return Life(
         mm=mm,
-        pid=int(pids[0]) if len(pids) else None,
-        entered_ns=int(events["ts_ns"][0]) if entered else None,
-        exited_ns=int(exits[0]) if len(exits) else None,
+        pid=int(owners[0]) if len(owners) else None,
+        entered_ns=int(first["ts_ns"]) if entered else None,
+        exited_ns=int(events["ts_ns"][exited[0]]) if len(exited) else None,
         entered_merging_pages=(
-            (int(events["ksm_merging_pages"][0]) if counted else 0) if entered else None
+            (int(first["ksm_merging_pages"]) if counted else 0) if entered else None
         ),
     )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from ksmtrace.analysis.addresses import Places, next_place, places_of
-from ksmtrace.analysis.recorded import PARTS, Recorded, has_flag
+from ksmtrace.analysis.recorded import PARTS, Recorded
 from ksmtrace.events import KIND_BY_NAME, EventFlag, Events, of_kind, select
 
 Mask = npt.NDArray[np.bool_]
@@ -118,7 +118,7 @@ def _choose(merges: Merges, part: Recorded) -> Merges:
     assert part.selection is not None
     chosen = part.selection.chooses(merges.events)
     return Merges(
-        events=merges.events[chosen],
+        events=select(merges.events, chosen),
         places=places_of(part.events, "ksm_merge_with_ksm_page"),
         appended=merges.appended[chosen],
         pairs=merges.pairs[chosen],
@@ -176,8 +176,8 @@ def _by_appends(events: Events, inferred: Merges) -> Merges:
 
 def _has_gone_on(events: Events, attempts: Places) -> bool:
     """Say whether ksmd has turned to something else after the last attempt."""
-    after = of_kind(events[int(attempts[-1]) + 1 :] if len(attempts) else events, *_GOES_ON)
-    return bool(has_flag(after, EventFlag.IN_KSMD).any())
+    after = events[int(attempts[-1]) + 1 :] if len(attempts) else events
+    return bool((after["flags"][places_of(after, *_GOES_ON)] & EventFlag.IN_KSMD).any())
 
 
 def _ends_pair(events: Events) -> Mask:
@@ -216,23 +216,27 @@ def df_rates(recorded: Recorded, most_rows: int = 60) -> pd.DataFrame:
     edges = np.arange(begin_ns, end_ns + span_ns, span_ns, dtype=np.uint64)
     merges = find_merges(recorded)
     zero, zero_ok = find_zero_merges(recorded)
-    freed = of_kind(recorded.events, "ksm_remove_ksm_page")
-    removed = of_kind(recorded.events, "ksm_remove_rmap_item")
-    left = of_kind(recorded.events, "remove_rmap_item_from_tree")
-    left_singly = left[~has_flag(left, EventFlag.NODE_FREED)]
+    events, attempts_ns = recorded.events, merges.events["ts_ns"]
+    left = places_of(events, "remove_rmap_item_from_tree")
+    stayed = (events["flags"][left] & EventFlag.NODE_FREED) == 0
+
+    def times_of(kind: str) -> npt.NDArray[np.uint64]:
+        times: npt.NDArray[np.uint64] = events["ts_ns"][places_of(events, kind)]
+        return times
+
     chosen = {
-        "attempts": ("ksm_merge_with_ksm_page", merges.events),
-        "merged": ("ksm_merge_with_ksm_page", merges.events[merges.appended]),
-        "failed": ("ksm_merge_with_ksm_page", merges.events[merges.failed | merges.undone]),
-        "zero_merged": ("ksm_merge_one_page", zero[zero_ok]),
-        "nodes_freed": ("ksm_remove_ksm_page", freed),
-        "sharers_removed": ("ksm_remove_rmap_item", removed),
-        "left_singly": ("remove_rmap_item_from_tree", left_singly),
-        "migrated": ("ksm_migrate_page", of_kind(recorded.events, "ksm_migrate_page")),
+        "attempts": ("ksm_merge_with_ksm_page", attempts_ns),
+        "merged": ("ksm_merge_with_ksm_page", attempts_ns[merges.appended]),
+        "failed": ("ksm_merge_with_ksm_page", attempts_ns[merges.failed | merges.undone]),
+        "zero_merged": ("ksm_merge_one_page", zero["ts_ns"][zero_ok]),
+        "nodes_freed": ("ksm_remove_ksm_page", times_of("ksm_remove_ksm_page")),
+        "sharers_removed": ("ksm_remove_rmap_item", times_of("ksm_remove_rmap_item")),
+        "left_singly": ("remove_rmap_item_from_tree", events["ts_ns"][left[stayed]]),
+        "migrated": ("ksm_migrate_page", times_of("ksm_migrate_page")),
     }
     columns = {
-        name: np.histogram(events["ts_ns"], bins=edges)[0] if recorded.can_see(kind) else None
-        for name, (kind, events) in chosen.items()
+        name: np.histogram(times, bins=edges)[0] if recorded.can_see(kind) else None
+        for name, (kind, times) in chosen.items()
     }
     counts = pd.DataFrame(columns, index=range(len(edges) - 1)).astype("Int64")
     counts.insert(0, "begin_ns", edges[:-1].astype(np.int64))

@@ -12,7 +12,7 @@ import pandas as pd
 from ksmtrace.analysis.addresses import number_lives, places_of
 from ksmtrace.analysis.calls import Durations, durations_of
 from ksmtrace.analysis.recorded import Recorded
-from ksmtrace.events import of_kind
+from ksmtrace.events import of_kind, select
 
 _MOST_NODES = 5
 
@@ -79,7 +79,7 @@ def find_migrations(recorded: Recorded) -> Migrations | None:
     if not recorded.can_see("ksm_migrate_page"):
         return None
     places = places_of(recorded.events, "ksm_migrate_page")
-    moves = recorded.events[places]
+    moves = select(recorded.events, places)
     frames_known = recorded.has_field("ksm_migrate_page", "new_pfn")
     behind = int(np.count_nonzero(moves["kpfn_after"] != moves["new_pfn"]))
     freed = places_of(recorded.events, "remove_node_from_stable_tree")

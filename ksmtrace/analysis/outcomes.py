@@ -20,6 +20,7 @@ from ksmtrace.events import (
     MergeStep,
     PageOutcome,
     of_kind,
+    select,
 )
 
 Mask = npt.NDArray[np.bool_]
@@ -157,7 +158,7 @@ def _failures(recorded: Recorded) -> pd.DataFrame:
         return whole[chosen].reset_index(drop=True)
     events = recorded.events
     places, evidence = _join(events)
-    rows, read = events[places], events[evidence]
+    rows, read = select(events, places), select(events, evidence)
     told = read["kind"] == KIND_BY_NAME["merge_failure"].number
     steps = np.where(told, read["steps"], 0).astype(np.int64)
     cause, certainty = _judge(recorded, read, steps, told, _split_later(events, evidence))
@@ -332,7 +333,9 @@ def df_page_outcomes(recorded: Recorded) -> pd.DataFrame:
     lives = find_lives(recorded.whole())
     known = has_mm(events)
     pids = pd.array([None] * len(events), "Int64")
-    pids[known] = pd.array([life.pid for life in lives.lives], "Int64")[lives.of(events[known])]
+    pids[known] = pd.array([life.pid for life in lives.lives], "Int64")[
+        lives.of(select(events, known))
+    ]
     return pd.DataFrame(
         {
             "ts_ns": events["ts_ns"][row],

@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from ksmtrace.analysis.books import unsure_window
@@ -13,7 +14,7 @@ from ksmtrace.analysis.lives import Lives, find_lives, with_mm
 from ksmtrace.analysis.merges import find_merges, find_zero_merges
 from ksmtrace.analysis.recorded import PARTS, Recorded
 from ksmtrace.analysis.sharers import Sharers, find_sharers
-from ksmtrace.events import EventFlag, concatenate, of_kind
+from ksmtrace.events import EventFlag, Events, of_kind, select
 from ksmtrace.stream import CounterSample
 
 _COUNTS = ("ksm_merging_pages", "ksm_rmap_items", "ksm_zero_pages")
@@ -110,10 +111,10 @@ def find_processes(recorded: Recorded) -> list[Process]:
     sharers = find_sharers(recorded)
     zero, zero_ok = find_zero_merges(recorded)
     tallied = {
-        "merged_pages": merges.events[merges.appended],
-        "failed_attempts": merges.events[merges.failed | merges.undone],
+        "merged_pages": select(merges.events, merges.appended),
+        "failed_attempts": select(merges.events, merges.failed | merges.undone),
         "removed_pages": sharers.left_with_node,
-        "zero_merged_pages": zero[zero_ok],
+        "zero_merged_pages": select(zero, zero_ok),
     }
     if recorded.can_see("remove_rmap_item_from_tree"):
         tallied["left_singly_pages"] = sharers.left_singly
@@ -123,7 +124,10 @@ def find_processes(recorded: Recorded) -> list[Process]:
         counts = np.bincount(lives.of(with_mm(events)), minlength=len(processes))
         for process, count in zip(processes, counts, strict=True):
             setattr(process, attribute, int(count))
-    told = set(np.unique(lives.of(with_mm(recorded.events))).tolist())
+    # Each has an event in the whole recording.
+    told = set(range(len(processes)))
+    if selection is not None:
+        told = set(np.unique(lives.of(with_mm(recorded.events))).tolist())
     told |= _add_samples(recorded, processes)
     _add_exits(recorded, lives, processes)
     if not sum(recorded.lost().values()):
@@ -193,9 +197,15 @@ def _add_exits(recorded: Recorded, lives: Lives, processes: list[Process]) -> No
 
 
 def _compare(recorded: Recorded, lives: Lives, processes: list[Process], sharers: Sharers) -> None:
-    appended = with_mm(sharers.joined)
-    removed = with_mm(concatenate([sharers.left_singly, sharers.left_with_node]))
-    gains, losses = lives.of(appended), lives.of(removed)
+    gained_ns, gains = _when_and_whose(lives, sharers.joined)
+    lost_ns, losses = map(
+        np.concatenate,
+        zip(
+            _when_and_whose(lives, sharers.left_singly),
+            _when_and_whose(lives, sharers.left_with_node),
+            strict=True,
+        ),
+    )
     samples = {sample.begin_ns: sample for sample in recorded.samples}
 
     @functools.cache
@@ -212,7 +222,7 @@ def _compare(recorded: Recorded, lives: Lives, processes: list[Process], sharers
         if not _entered_here(recorded, process):
             read_ns.append(recorded.samples[0].begin_ns)
             begin_ns = recorded.samples[0].end_ns
-        gained, lost = appended["ts_ns"][gains == row], removed["ts_ns"][losses == row]
+        gained, lost = gained_ns[gains == row], lost_ns[losses == row]
         if any(
             np.any((begin <= times) & (times <= end))
             for times in (gained, lost)
@@ -226,12 +236,19 @@ def _compare(recorded: Recorded, lives: Lives, processes: list[Process], sharers
         process.difference = process.ksm_merging_pages - say
 
 
+def _when_and_whose(
+    lives: Lives, events: Events
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+    known = with_mm(events)
+    return known["ts_ns"].copy(), lives.of(known)
+
+
 def _share(lives: Lives, processes: list[Process], sharers: Sharers) -> None:
     """Find out which processes have merged into the same stable nodes."""
     known = sharers.joined["mm"] != 0
     if not known.any():
         return
-    rows = lives.of(sharers.joined[known])
+    rows = lives.of(select(sharers.joined, known))
     pairs, counts = np.unique(np.c_[sharers.nodes[known], rows], axis=0, return_counts=True)
     shares = pd.DataFrame({"node": pairs[:, 0], "row": pairs[:, 1], "pages": counts})
     shares = shares[shares.duplicated("node", keep=False)]

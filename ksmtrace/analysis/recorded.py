@@ -16,7 +16,8 @@ from ksmtrace.events import (
     EventFlag,
     Events,
     check_sorting,
-    concatenate,
+    no_events,
+    put,
 )
 from ksmtrace.stream import (
     Batch,
@@ -272,11 +273,16 @@ def gather(stream: Stream) -> Recorded:
         CannotRun: this CPU does not sort.
     """
     check_sorting()
-    recorded = Recorded(stream.header, concatenate([]))
-    batches = []
+    recorded = Recorded(stream.header, no_events())
+    events, taken = no_events(), 0
     for item in stream:
         if isinstance(item, Batch):
-            batches.append(item.events)
+            # Grown in place: batches that are joined at the end are in memory twice.
+            end = taken + len(item.events)
+            if end > len(events):
+                events.resize(max(end, len(events) * 9 // 8), refcheck=False)
+            put(events, taken, item.events)
+            taken = end
         elif isinstance(item, CounterSample):
             recorded.samples.append(item)
         elif isinstance(item, ProcessSeen):
@@ -289,7 +295,8 @@ def gather(stream: Stream) -> Recorded:
             recorded.witnessed.append(item)
         else:
             recorded.trailer = item
-    recorded.events = concatenate(batches)
+    events.resize(taken, refcheck=False)
+    recorded.events = events
     if recorded.trailer is None:
         recorded.cut_off = getattr(stream, "cut_off", None) or "the stream has no trailer"
     return recorded

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ksmtrace.analysis.lives import find_lives, has_mm
 from ksmtrace.analysis.recorded import EVER_NS, Recorded, Selection, has_flag
-from ksmtrace.events import EventFlag, Events
+from ksmtrace.events import EventFlag, Events, select
 from ksmtrace.stream import Losses
 
 
@@ -55,7 +55,7 @@ def between(recorded: Recorded, begin_ns: int | None, end_ns: int | None) -> Rec
     tallies = [losses for losses in recorded.losses if span.holds(losses.ts_ns)]
     return dataclasses.replace(
         recorded,
-        events=recorded.events[span.chooses(recorded.events)],
+        events=select(recorded.events, span.chooses(recorded.events)),
         samples=[one for one in recorded.samples if span.holds([one.begin_ns, one.end_ns]).all()],
         losses=[_since(before[-1], one) for one in tallies] if before else tallies,
         witnessed=[
@@ -88,14 +88,14 @@ def of_pids(recorded: Recorded, pids: Collection[int]) -> Recorded:
         known = has_mm(events)
         owned = ~known & has_flag(events, EventFlag.PID_IS_OWNER)
         chosen: npt.NDArray[np.bool_] = ~known & ~owned
-        chosen[known] = wanted[lives.of(events[known])]
+        chosen[known] = wanted[lives.of(select(events, known))]
         chosen[owned] = np.isin(events["pid"][owned], list(pids))
         return chosen
 
     span = recorded.selection
     return dataclasses.replace(
         recorded,
-        events=recorded.events[chooses(recorded.events)],
+        events=select(recorded.events, chooses(recorded.events)),
         samples=[
             dataclasses.replace(
                 sample, processes={p: stat for p, stat in sample.processes.items() if p in pids}

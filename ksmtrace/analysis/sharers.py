@@ -14,7 +14,7 @@ import numpy as np
 from ksmtrace.analysis.addresses import Places, next_place, number_lives, places_of
 from ksmtrace.analysis.merges import find_merges
 from ksmtrace.analysis.recorded import PARTS, Recorded, has_flag
-from ksmtrace.events import KIND_BY_NAME, EventFlag, Events, concatenate, of_kind
+from ksmtrace.events import KIND_BY_NAME, EventFlag, Events, concatenate, of_kind, select
 
 JOINS_AND_LEAVES = (
     "stable_tree_append",
@@ -56,14 +56,14 @@ def find_sharers(recorded: Recorded) -> Sharers:
         whole, chooses = find_sharers(recorded.selection.of), recorded.selection.chooses
         joined_here = chooses(whole.joined)
         return Sharers(
-            whole.joined[joined_here],
+            select(whole.joined, joined_here),
             whole.nodes[joined_here],
-            whole.left_singly[chooses(whole.left_singly)],
-            whole.left_with_node[chooses(whole.left_with_node)],
+            select(whole.left_singly, chooses(whole.left_singly)),
+            select(whole.left_with_node, chooses(whole.left_with_node)),
         )
     events = recorded.events
     removed = of_kind(events, "remove_rmap_item_from_tree")
-    singly = removed[~has_flag(removed, EventFlag.NODE_FREED)]
+    singly = select(removed, ~has_flag(removed, EventFlag.NODE_FREED))
     with_node = of_kind(events, "ksm_remove_rmap_item")
     if recorded.can_see(*JOINS_AND_LEAVES):
         joined = places_of(events, "stable_tree_append")
@@ -76,7 +76,7 @@ def find_sharers(recorded: Recorded) -> Sharers:
         # A node is a page frame until that is freed; one that migrated meanwhile counts as two,
         # as no tracepoint tells of the move.
         nodes = number_lives(events, "pfn", joined, places_of(events, "ksm_remove_ksm_page"))
-    return Sharers(events[joined], nodes, singly, with_node)
+    return Sharers(select(events, joined), nodes, singly, with_node)
 
 
 def _last_sharers(events: Events, joined: Places, freed: Places) -> Events:
@@ -98,6 +98,6 @@ def _last_sharers(events: Events, joined: Places, freed: Places) -> Events:
     # What is told later than the node's end is the rmap_item's next join, or the return of the
     # remove_rmap_item_from_tree that found the node stale.
     last = (ends < len(events)) & (told > ends) & ~np.r_[with_node, False][told]
-    sharers: Events = events[joined[last]].copy()
+    sharers = select(events, joined[last])
     sharers["ts_ns"] = events["ts_ns"][ends[last]]
     return sharers

@@ -19,7 +19,7 @@ from ksmtrace.analysis.outcomes import CAUSES, INFERRED, SEEN, df_failures, df_p
 from ksmtrace.analysis.rates import RateRing, Rates
 from ksmtrace.analysis.recorded import Recorded
 from ksmtrace.capture.hooks import WAITED_BY
-from ksmtrace.events import KIND_BY_NAME, Events, concatenate, of_kind
+from ksmtrace.events import KIND_BY_NAME, Events, concatenate, of_kind, select
 from ksmtrace.stream import Header, Losses, ProcessSeen, StackSeen
 
 KEPT_WAITS = 20_000
@@ -231,5 +231,5 @@ def _longest(events: Events) -> Events:
     is_hold = (events["kind"] == KIND_BY_NAME["lock_hold"].number)[order]
     sides = events["lock"][order].astype(np.int64) * 2 + is_hold
     chosen = [order[sides == side][-_KEPT_WORST:] for side in np.unique(sides)]
-    found: Events = events[np.sort(np.concatenate(chosen))]
+    found = select(events, np.sort(np.concatenate(chosen)))
     return found

@@ -31,7 +31,7 @@ from ksmtrace.claims.claim import (
 )
 from ksmtrace.claims.rest import FOUR, arithmetic, counters_at_rest
 from ksmtrace.claims.told import JOINS, SHOWN
-from ksmtrace.events import KIND_BY_NAME, of_kind
+from ksmtrace.events import KIND_BY_NAME, of_kind, select
 
 
 def _books(*names: str) -> Callable[[Case], Finding]:
@@ -226,7 +226,7 @@ def _check_removed_with_node(case: Case) -> Finding:
         last = int(entered[-1])
         whole = len(places) - last - 1 >= int(events["sharers"][places[last]]) - 1
         places = places[entered[0] : len(places) if whole else last]
-    freed = of_kind(events[places], names[0])
+    freed = of_kind(select(events, places), names[0])
     removed = len(places) - len(freed)
     told = int(np.maximum(freed["sharers"].astype(np.int64) - 1, 0).sum())
     if told != removed:

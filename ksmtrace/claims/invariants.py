@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import numpy.typing as npt
 
 from ksmtrace.analysis.addresses import next_place, number_lives, places_of
-from ksmtrace.analysis.merges import find_merges
+from ksmtrace.analysis.merges import find_merges, tell_outcomes
 from ksmtrace.analysis.recorded import has_flag
 from ksmtrace.claims.claim import (
     Case,
@@ -24,7 +22,7 @@ from ksmtrace.claims.claim import (
     violated,
 )
 from ksmtrace.claims.told import JOINS, SHOWN, Check, show, tell
-from ksmtrace.events import KIND_BY_NAME, EventFlag, Events, SearchOutcome, of_kind
+from ksmtrace.events import KIND_BY_NAME, EventFlag, Events, SearchOutcome, of_kind, select
 from ksmtrace.kernel.ksm_check import check_ksm_memory
 from ksmtrace.kernel.ksm_memory import SEQNR_MASK, STABLE_FLAG, UNSTABLE_FLAG
 
@@ -121,7 +119,7 @@ def _check_busy(case: Case) -> Finding:
     at = np.searchsorted(visits, busy) - 1
     of_visit = visits[np.maximum(at, 0)]
     known = (at >= 0) & (events["rmap_item"][of_visit] == events["rmap_item"][busy])
-    known &= has_flag(events[of_visit], EventFlag.HAS_ADDRESS)
+    known &= (events["flags"][of_visit] & EventFlag.HAS_ADDRESS) != 0
     left_in = known & (events["address"][of_visit] & np.uint64(_FLAGS) != 0)
     if left_in.any():
         evidence: list[Evidence] = []
@@ -192,23 +190,17 @@ def _check_kpfn(case: Case) -> Finding:
     places = places_of(events, *_NODE_KINDS)
     places = places[events["stable_node"][places] != 0]
     # What is told with a node that turned out stale comes after the node's own end.
-    stale = has_flag(events[places], EventFlag.NODE_FREED)
+    stale = (events["flags"][places] & EventFlag.NODE_FREED) != 0
     places = places[~stale]
     ends = places_of(events, "remove_node_from_stable_tree")
-    lives = number_lives(events, "stable_node", places, ends[:0])
-    # An address is another node once it was freed: count its ends before each event.
-    earlier = np.zeros(len(places), np.int64)
-    for address in np.unique(events["stable_node"][ends]):
-        own = np.flatnonzero(events["stable_node"][places] == address)
-        earlier[own] = np.searchsorted(
-            ends[events["stable_node"][ends] == address], places[own], side="left"
-        )
-    order = np.lexsort((places, earlier, lives))
-    ordered = events[places[order]]
+    # An address is another node once it was freed.
+    lives = number_lives(events, "stable_node", places, ends)
+    order = np.lexsort((places, lives))
+    ordered = select(events, places[order])
     is_move = ordered["kind"] == KIND_BY_NAME["ksm_migrate_page"].number
     begins = np.where(is_move, ordered["kpfn_before"], ordered["pfn"])
     ends_at = np.where(is_move, ordered["kpfn_after"], ordered["pfn"])
-    same = (lives[order][1:] == lives[order][:-1]) & (earlier[order][1:] == earlier[order][:-1])
+    same = lives[order][1:] == lives[order][:-1]
     # A frame of 0 was not to be read.
     known = (begins[1:] != 0) & (ends_at[:-1] != 0)
     jumps = np.flatnonzero(same & known & (begins[1:] != ends_at[:-1]))
@@ -244,12 +236,12 @@ def _check_stopped(case: Case) -> Finding:
     )
     stopped = np.flatnonzero(alone & ((stores["run"] == 0) | (stores["run"] == 2)))
     works = has_flag(events, EventFlag.IN_KSMD) & ~np.isin(events["kind"], _NO_WORK)
-    ksmd = events[works]
+    works_ns = events["ts_ns"][works]
     wrong: list[Evidence] = []
     for at in stopped:
         until = np.append(entered[at + 1 :], np.iinfo(np.uint64).max)[0]
-        late = (ksmd["ts_ns"] > stores["ts_ns"][at]) & (ksmd["ts_ns"] < until)
-        for event in ksmd[late][:1]:
+        late = (works_ns > stores["ts_ns"][at]) & (works_ns < until)
+        for event in events[np.flatnonzero(works)[late][:1]]:
             name = next(k.name for k in KIND_BY_NAME.values() if k.number == event["kind"])
             after = int(event["ts_ns"]) - int(stores["ts_ns"][at])
             wrong.append(
@@ -346,7 +338,7 @@ def _check_undone(case: Case) -> Finding:
     if not len(undone):
         return unknown("no second half of a merge failed")
     breaks = places_of(events, "break_ksm")
-    breaks = breaks[has_flag(events[breaks], EventFlag.IN_KSMD)]
+    breaks = breaks[(events["flags"][breaks] & EventFlag.IN_KSMD) != 0]
     page = np.uint64(~0xFFF & (1 << 64) - 1)
     attempts = merges.places
     missing, excused = [], 0
@@ -398,12 +390,12 @@ def _check_appends(case: Case) -> Finding:
         begins = begins[1:]
     if not len(begins):
         return unknown("nothing merged")
-    recorded = replace(case.recorded, events=events[int(begins[0]) :])
-    merges = find_merges(recorded)
+    merges = tell_outcomes(events[int(begins[0]) :], by_appends=True)
     ok = int((merges.events["err"] == 0).sum())
     undone = int(merges.undone.sum())
     unsure = int(merges.open.sum())
-    appended = recorded.count("stable_tree_append")
+    # The first attempt comes before its append.
+    appended = int((events["kind"][told] == KIND_BY_NAME["stable_tree_append"].number).sum())
     short = ok - undone - appended
     if not 0 <= short <= unsure:
         return violated(
@@ -479,9 +471,9 @@ def _check_limit(case: Case) -> Finding:
         return unknown("this kernel has no max_page_sharing")
     kinds = ("stable_tree_append", "remove_rmap_item_from_tree", "remove_node_from_stable_tree")
     places = places_of(events, *kinds)
-    stale = has_flag(events[places], EventFlag.NODE_FREED)
+    stale = (events["flags"][places] & EventFlag.NODE_FREED) != 0
     places = places[~stale]
-    told = events[places]
+    told = select(events, places)
     told = told[np.lexsort((places, told["stable_node"]))]
     joins = told["kind"] == KIND_BY_NAME["stable_tree_append"].number
     frees = told["kind"] == KIND_BY_NAME["remove_node_from_stable_tree"].number

@@ -186,7 +186,7 @@ def _check_failed_items(case: Case) -> Finding:
     visit = visits[order][np.maximum(at, 0)]
     # In the second half of a pair the item is the tree's.
     known &= events["rmap_item"][visit] == items
-    known &= has_flag(events[visit], EventFlag.HAS_ADDRESS)
+    known &= (events["flags"][visit] & EventFlag.HAS_ADDRESS) != 0
     # That of the last merge may be missing.
     known &= visit > failed
     if not known.any():
