@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path, readable=False))
 @click.option("--json", "as_json", is_flag=True, help="Everything, exactly, as one JSON object.")
 @click.option("--all", "everything", is_flag=True, help="All passes, processes and counters.")
 @click.option(
@@ -82,7 +82,7 @@ def report(
 
     if page is not None and as_json:
         raise UsageError("--html and --json ask for two reports", "give one of them")
-    if page is not None and page.exists() and page.samefile(file):
+    if page is not None and page.exists() and file.exists() and page.samefile(file):
         raise UsageError(f"{page} is the recording itself", "choose another name")
     sections = [section for section in SECTIONS if not names or section.name in names]
     with Waiting(f"reading {file}") as waiting:
