@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -67,7 +68,8 @@ def check(
         from ksmtrace.claims.live import read_case
 
         case = read_case()
-    elif file.is_dir():
+    # Path.is_dir() raises where a directory above may not be searched.
+    elif os.path.isdir(file):  # noqa: PTH112
         from ksmtrace.claims.selftest import read_performed
 
         case = read_performed(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -82,7 +83,8 @@ def report(
 
     if page is not None and as_json:
         raise UsageError("--html and --json ask for two reports", "give one of them")
-    if page is not None and page.exists() and file.exists() and page.samefile(file):
+    # Unlike Path.exists(), these raise nothing where a directory may not be searched.
+    if page is not None and all(map(os.path.exists, (page, file))) and page.samefile(file):
         raise UsageError(f"{page} is the recording itself", "choose another name")
     sections = [section for section in SECTIONS if not names or section.name in names]
     with Waiting(f"reading {file}") as waiting:
