@@ -10,6 +10,7 @@ import numpy as np
 
 from ksmtrace.analysis.recorded import Recorded
 from ksmtrace.analysis.visits import find_histogram
+from ksmtrace.capture.hooks import WAITED_BY
 from ksmtrace.events import KIND_BY_NAME, Events, of_kind
 
 # Calls may be under way as the programs are attached, and as they are detached.
@@ -39,9 +40,9 @@ class Calls:
         entered: how often it was entered, None where there is no program on its entry. For an
             inlined function, how often its place was passed.
         returned: the same of its exit.
-        results: per errno name, ``0`` for none, how many calls ended with it; None for a function
-            whose exit makes no event.
-        duration: None where unknown, and where it was not called.
+        results: per errno name, ``0`` for none, how many calls ended with it; None where not each
+            call that returned has its event: none has, only those that waited, or some are lost.
+        duration: None where unknown as well, and where it was not called.
     """
 
     entered: int | None
@@ -75,6 +76,7 @@ def find_calls(recorded: Recorded) -> dict[str, Calls] | None:
     for name, (entered, returned) in recorded.losses[-1].calls.items():
         kind = KIND_BY_NAME.get(name)
         timed = kind is not None and "duration_ns" in kind.body and recorded.can_see(name)
+        timed = timed and name not in WAITED_BY.values() and not recorded.lost().get(name)
         events = of_kind(recorded.events, name) if timed else None
         found[name] = Calls(
             entered,

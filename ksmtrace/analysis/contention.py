@@ -261,11 +261,17 @@ def _why_not(recorded: Recorded, lock: Lock, kind: str) -> str:
         return str(entry["reason"])
     if kind == "lock_hold":
         if lock == Lock.MMAP_LOCK:
-            return str(entry["missing_fields"].get("lock_address", "the recording has no tallies"))
+            return str(entry["missing_fields"].get("lock_address", _no_tallies(recorded)))
         if lock == Lock.REFCOUNT:
             return "nobody holds it: it is frozen"
         if lock != Lock.KSM_THREAD_MUTEX:
             return "no tracepoint tells when it is taken without a wait"
+    return _no_tallies(recorded)
+
+
+def _no_tallies(recorded: Recorded) -> str:
+    if recorded.whole().losses:
+        return "the kernel side's counts were not read in this span"
     return "the recording has no tallies"
 
 

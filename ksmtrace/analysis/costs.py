@@ -83,8 +83,9 @@ class Yield:
         cpu_ns: on a CPU.
         run_delay_ns: ready to run, and waiting for a CPU.
         off_cpu_ns: the rest: asleep after a batch, or waiting for a lock.
-        merged_pages: pages merged meanwhile, zero pages included; None where not visible.
-        cpu_ns_per_merged_page: None where nothing was merged.
+        merged_pages: pages merged meanwhile, zero pages included; None where not visible, or
+            events of merges are lost.
+        cpu_ns_per_merged_page: None where nothing was merged, or that is unknown.
         saved_pages: by how much pages_sharing and ksm_zero_pages rose; negative where they fell.
         saved_pages_per_cpu_second: None where ksmd did not run.
     """
@@ -131,6 +132,9 @@ def _rise(first: CounterSample, last: CounterSample, key: str) -> int | None:
 
 def _merged_between(recorded: Recorded, begin_ns: int, end_ns: int) -> int | None:
     if not recorded.can_see("ksm_merge_with_ksm_page"):
+        return None
+    lost = recorded.lost()
+    if lost.get("ksm_merge_with_ksm_page") or lost.get("ksm_merge_one_page"):
         return None
     merges = find_merges(recorded)
     zero, replaced = find_zero_merges(recorded)

@@ -48,7 +48,8 @@ def find(recorded: Recorded) -> list[str]:
         if call.missed
     ]
     if not recorded.samples:
-        return [*findings, "no sample of the kernel's counters is in the recording"]
+        where = "span" if recorded.selection else "recording"
+        return [*findings, f"no sample of the kernel's counters is in the {where}"]
     knobs = [sample.ksm for sample in recorded.samples]
     last = knobs[-1]
     scanned = recorded.count("ksm_start_scan") + recorded.count("ksm_stop_scan")
@@ -67,10 +68,13 @@ def find(recorded: Recorded) -> list[str]:
         )
     attempts = len(merges.events)
     merged = int(merges.appended.sum())
+    which = "The kernel's answer does not tell which"
+    if recorded.can_see("merge_failure"):
+        which = "Section outcomes tells why each failed, and what to do"
     if attempts >= _LEAST_ATTEMPTS and merged < attempts * _BAD_SUCCESS_RATE:
         findings.append(
             f"only {merged} of {attempts} attempts to merge succeeded: pages that are pinned "
-            "(O_DIRECT, VFIO), locked or changing. The kernel's answer does not tell which"
+            f"(O_DIRECT, VFIO), locked or changing. {which}"
         )
     durations = df_passes(recorded)["duration_ns"].dropna()
     if len(durations) and durations.median() > _LONG_PASS_NS:

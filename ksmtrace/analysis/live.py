@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ksmtrace.analysis.books import SKEW_NS, Entry, iter_said
 from ksmtrace.analysis.contention import Contention
 from ksmtrace.analysis.merges import Merges
+from ksmtrace.analysis.passes import find_speed
 from ksmtrace.analysis.rates import RateRing, Rates
 from ksmtrace.analysis.recorded import Recorded, has_flag
 from ksmtrace.analysis.tallies import (
@@ -88,7 +89,7 @@ class PassFigures:
         completed: seen from beginning to end.
         median_ns: of the last :data:`ksmtrace.analysis.tallies.KEPT_PASSES` of them.
         longest_ns: of all of them.
-        pages_per_cpu_second: rmap_items of all of them, by ksmd's CPU time.
+        pages_per_cpu_second: :func:`ksmtrace.analysis.passes.find_speed` of all of them.
         last: the last passes, oldest first; the last one may be under way.
     """
 
@@ -479,7 +480,7 @@ class Live:
             passes.completed,
             int(np.median(durations)) if len(durations) else None,
             passes.longest_ns,
-            passes.rmap_entries / (passes.cpu_ns / 1e9) if passes.cpu_ns else None,
+            find_speed(passes.rmap_entries, passes.cpu_ns, passes.completed),
             last,
         )
 

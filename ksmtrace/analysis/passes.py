@@ -11,6 +11,22 @@ from ksmtrace.events import KIND_BY_NAME, EventFlag, of_kind
 
 _START = KIND_BY_NAME["ksm_start_scan"].number
 
+_TICK_NS = 4_000_000  # CONFIG_HZ=250, as Debian has it
+_LEAST_TICKS = 10
+
+
+def find_speed(rmap_entries: int, cpu_ns: int, passes: int) -> float | None:
+    """Return how many pages per second of its CPU time ksmd went through in whole passes.
+
+    ksmd sleeps after a pass, and so each pass can lack the CPU time of its last tick.
+
+    Returns:
+        None where that may be more than a tenth of the time: ten times too fast is no answer.
+    """
+    if not passes or cpu_ns < passes * _LEAST_TICKS * _TICK_NS:
+        return None
+    return rmap_entries / (cpu_ns / 1e9)
+
 
 def df_passes(recorded: Recorded) -> pd.DataFrame:
     """List the passes, one row each, in order; of a span those that were under way in it.

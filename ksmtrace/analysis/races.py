@@ -17,7 +17,7 @@ from ksmtrace.analysis.migrations import find_migrations
 from ksmtrace.analysis.outcomes import count_causes, df_failures
 from ksmtrace.analysis.recorded import Recorded
 from ksmtrace.analysis.visits import slot_bounds
-from ksmtrace.events import Events, MergeStep, of_kind
+from ksmtrace.events import KIND_BY_NAME, Events, MergeStep, of_kind
 from ksmtrace.kernel.facts import MEMORY_ACTIONS
 from ksmtrace.units import text_duration
 
@@ -284,8 +284,11 @@ def _after_exit(recorded: Recorded) -> Sighting:
     touched = of_kind(events, "try_to_merge_one_page")
     touched = touched[touched["err"] == 0]
     bounds = of_kind(events, "ksm_enter", "ksm_exit")
+    nr_exits = int((bounds["kind"] == KIND_BY_NAME["ksm_exit"].number).sum())
+    nr_enters = len(bounds) - nr_exits
+    looked_at = f"{len(touched):,} merges; mms that came: {nr_enters:,}, that left: {nr_exits:,}"
     if not len(touched) or not len(bounds):
-        return Sighting(0, [f"{len(touched):,} merges, {len(bounds):,} mms came or went"])
+        return Sighting(0, [looked_at])
     names = ("ts_ns", "mm", "kind")
     lives = pd.DataFrame({name: bounds[name] for name in names}).astype({"ts_ns": "int64"})
     merges = pd.DataFrame({name: touched[name] for name in names[:2]}).astype({"ts_ns": "int64"})
@@ -293,7 +296,7 @@ def _after_exit(recorded: Recorded) -> Sighting:
         merges.sort_values("ts_ns"), lives.sort_values("ts_ns"), on="ts_ns", by="mm"
     )
     gone = joined["kind"] == of_kind(events, "ksm_exit")["kind"][:1].max(initial=0)
-    return Sighting(int(gone.sum()), [f"{len(touched):,} merges, {len(bounds):,} mms came or went"])
+    return Sighting(int(gone.sum()), [looked_at])
 
 
 def _slow_break(recorded: Recorded) -> Sighting:
@@ -319,7 +322,7 @@ def _partial_unmerge(recorded: Recorded) -> Sighting:
         len(failed),
         [f"run=2 ended with {int(one['err'])} after {text_duration(int(one['duration_ns']))}"
          for one in failed[:3]]
-        or [f"{len(unmerging):,} writes of 2 to run, none failed"],
+        or [f"writes of 2 to run: {len(unmerging):,}, none failed"],
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from ksmtrace.analysis.outcomes import (
     find_page_outcomes,
     find_skips,
 )
-from ksmtrace.analysis.passes import df_passes
+from ksmtrace.analysis.passes import df_passes, find_speed
 from ksmtrace.analysis.processes import find_processes
 from ksmtrace.analysis.races import find_races, walks_by_sharers
 from ksmtrace.analysis.recorded import Recorded, Selection, has_flag
@@ -107,14 +107,13 @@ def _scans(recorded: Recorded) -> dict[str, Any] | None:
     # As full_scans counts them: a pass belongs to the span in which it ends.
     if recorded.selection is not None:
         whole = whole[recorded.selection.holds(whole["end_ns"].to_numpy(np.int64))]
-    cpu_s = whole["cpu_ns"].sum() / 1e9
     return {
         "passes": _rows(passes),
         "completed": len(whole),
         "median_duration_ns": int(whole["duration_ns"].median()) if len(whole) else None,
         "longest_duration_ns": int(whole["duration_ns"].max()) if len(whole) else None,
-        "pages_per_cpu_second": (
-            float(whole["rmap_entries"].sum() / cpu_s) if cpu_s and len(whole) else None
+        "pages_per_cpu_second": find_speed(
+            int(whole["rmap_entries"].sum()), int(whole["cpu_ns"].sum()), len(whole)
         ),
     }
 

@@ -268,6 +268,8 @@ def _change_for_field(
         if hook.rung == DERIVED
     ):
         return "a recipe for this build (`ksmtrace sites resolve VMLINUX`)"
+    if "lock_hold" in names:
+        return "`record --every-page`, on a kernel whose tracepoints do not write out paths (6.16)"
     if field in ("pfn", "new_pfn") and "VMEMMAP_BASE_ADDRESS" not in defines:
         return "root (CAP_SYSLOG), on a kernel with CONFIG_KALLSYMS_ALL=y"
     return "a kernel with BTF (CONFIG_DEBUG_INFO_BTF=y) that has these members"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -15,7 +16,7 @@ from ksmtrace.units import text_duration
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path), required=False)
+@click.argument("file", type=click.Path(path_type=Path, readable=False), required=False)
 @click.option("--claim", "ids", metavar="ID", multiple=True, help="Only this claim. Repeatable.")
 @click.option("--list", "list_only", is_flag=True, help="List the claims, and judge none.")
 @click.option("-a", "--all", "show_all", is_flag=True, help="Also what holds and what is unknown.")
@@ -55,9 +56,11 @@ def check(
     from ksmtrace.cli.waiting import Waiting
 
     if as_json and ktap:
-        raise UsageError("--json and --ktap exclude each other")
+        raise UsageError("--json and --ktap exclude each other", "give one of them")
     claims = choose(ids)
     if list_only:
+        if file is not None or as_json or ktap:
+            raise UsageError("--list judges nothing", "leave FILE, --json and --ktap out")
         for claim in claims:
             click.echo(f"{', '.join(claim.ids)}: {claim.statement}")
         return 0
@@ -65,7 +68,8 @@ def check(
         from ksmtrace.claims.live import read_case
 
         case = read_case()
-    elif file.is_dir():
+    # Path.is_dir() raises where a directory above may not be searched.
+    elif os.path.isdir(file):  # noqa: PTH112
         from ksmtrace.claims.selftest import read_performed
 
         case = read_performed(file)

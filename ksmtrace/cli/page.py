@@ -146,7 +146,9 @@ def _tiles(content: dict[str, Any]) -> Iterator[str]:
     )
     if "cpu_ns" in ksmd:
         share = ksmd["cpu_ns"] / max(ksmd["elapsed_ns"], 1)
-        yield _tile("CPU time of ksmd", text_duration(ksmd["cpu_ns"]), f"{share:.1%} of one CPU")
+        yield _tile(
+            "CPU time of ksmd", text_duration(ksmd["cpu_ns"]), f"{text_share(share)} of one CPU"
+        )
     copied = counters.get("cow_ksm", {}).get("delta")
     yield _tile(
         "copied again on write",

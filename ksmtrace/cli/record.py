@@ -124,7 +124,7 @@ def record(
         "file": str(path),
         "events": writer.written_events,
         "lost": capture.progress.dropped,
-        "duration_ns": time.monotonic_ns() - capture.header.started_ns,
+        "duration_ns": run.ended_ns - capture.header.started_ns,
         "command_exit_status": run.command_exit_status,
         "reason": run.reason,
         "file_bytes": writer.written_bytes,
@@ -149,6 +149,7 @@ class _Run:
         commands_stdout_to_stderr: bool,
     ) -> None:
         self.reason: str | None = None
+        self.ended_ns = 0  # of the recording: detaching, and the command, may take longer
         self._command = command
         self._duration = duration
         self._quiet = quiet
@@ -171,6 +172,7 @@ class _Run:
 
     def follow(self, capture: Capture, writer: RecordingWriter) -> KsmtraceError | None:
         """Write the stream to the file; returns the error that cut it short, if one did."""
+        from ksmtrace.stream import Trailer
         from ksmtrace.stream import Witnessed as Reading
 
         self._capture = capture
@@ -180,11 +182,14 @@ class _Run:
                 writer.write(item)
                 if isinstance(item, Reading) and item.moment == "asked":
                     self._show_reading(item)
+                elif isinstance(item, Trailer):
+                    self.ended_ns = item.ts_ns
             writer.close()
             failure = capture.progress.failure
         except KsmtraceError as error:
             writer.abandon()
             failure = error
+        self.ended_ns = self.ended_ns or time.monotonic_ns()
         self._end_progress()
         if self._child is not None and self._child.poll() is None:
             # The recording failed, the command did not: it is not ours to end.

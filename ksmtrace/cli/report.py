@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path, readable=False))
 @click.option("--json", "as_json", is_flag=True, help="Everything, exactly, as one JSON object.")
 @click.option("--all", "everything", is_flag=True, help="All passes, processes and counters.")
 @click.option(
@@ -82,7 +83,8 @@ def report(
 
     if page is not None and as_json:
         raise UsageError("--html and --json ask for two reports", "give one of them")
-    if page is not None and page.exists() and page.samefile(file):
+    # Unlike Path.exists(), these raise nothing where a directory may not be searched.
+    if page is not None and all(map(os.path.exists, (page, file))) and page.samefile(file):
         raise UsageError(f"{page} is the recording itself", "choose another name")
     sections = [section for section in SECTIONS if not names or section.name in names]
     with Waiting(f"reading {file}") as waiting:

@@ -94,7 +94,7 @@ def selftest(
     from ksmtrace.cli.check import outcome_lines
 
     if as_json and ktap:
-        raise UsageError("--json and --ktap exclude each other")
+        raise UsageError("--json and --ktap exclude each other", "give one of them")
     choose(ids)
     stopped: list[int] = []
 

@@ -39,10 +39,10 @@ def moment_ns(file: Path, time_s: float, started_ns: int, end_ns: int) -> int:
     """
     from_end = str(time_s).startswith("-")
     length_s = (end_ns - started_ns) / 1e9
-    # Not a number is in no range either.
-    if not 0 <= abs(time_s) <= length_s:
+    # Not a number is in no range either. Times are written in milliseconds, the end's too.
+    if not 0 <= abs(time_s) <= length_s + 0.0005:
         raise UsageError(
             f"{file} has no time {time_s:g}",
             f"it is {length_s:.3f} s long: give 0 to {length_s:.3f}, or -{length_s:.3f} to -0",
         )
-    return (end_ns if from_end else started_ns) + round(time_s * 1e9)
+    return min(max((end_ns if from_end else started_ns) + round(time_s * 1e9), started_ns), end_ns)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.argument("file", required=False, type=click.Path(path_type=Path, readable=False))
 @click.option("--end", "at_end", is_flag=True, help="Show FILE as it ends, and do not play it.")
 @click.option(
     "--interval",

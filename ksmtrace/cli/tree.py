@@ -29,15 +29,18 @@ class PageAddress(click.ParamType[tuple[int, int]]):
         """Parse ``1234:7f0000001000``."""
         if isinstance(value, tuple):
             return value
-        pid, _, address = value.partition(":")
+        text, _, digits = value.partition(":")
         try:
-            return int(pid), int(address, 16)
+            pid, address = int(text), int(digits, 16)
         except ValueError:
+            pid = address = -1
+        if pid < 0 or not 0 <= address < 1 << 64:
             self.fail(f"{value!r} is no page; write for example 1234:7f5e00001000", param, ctx)
+        return pid, address
 
 
 @click.command()
-@click.argument("file", required=False, type=click.Path(path_type=Path))
+@click.argument("file", required=False, type=click.Path(path_type=Path, readable=False))
 @click.option(
     "--verify",
     is_flag=True,
@@ -53,7 +56,9 @@ class PageAddress(click.ParamType[tuple[int, int]]):
 )
 @click.option("--top", type=click.IntRange(min=0), help=f"Rows per table.  [default: {TOP}]")
 @click.option("--address", type=PageAddress(), help="The history of this page of a process.")
-@click.option("--pfn", type=click.IntRange(min=0), help="The history of this page frame.")
+@click.option(
+    "--pfn", type=click.IntRange(0, (1 << 64) - 1), help="The history of this page frame."
+)
 @click.pass_context
 def tree(
     context: click.Context,
@@ -81,6 +86,13 @@ def tree(
       ksmtrace tree host.ksmt --verify
     """
     if verify:
+        given = {"--at": at, "--by": by, "--top": top, "--address": address, "--pfn": pfn}
+        for option, value in given.items():
+            if value is not None:
+                raise UsageError(
+                    f"--verify compares every reading, whole, and takes no {option}",
+                    f"leave {option} out",
+                )
         context.exit(_verify(file, as_json))
     if file is None:
         for option, value in (("--at", at), ("--address", address), ("--pfn", pfn)):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ksmtrace.cli.options import Size
+from ksmtrace.cli.options import Seconds, Size
 from ksmtrace.errors import LostVM, UsageError
 
 
@@ -62,7 +62,7 @@ def vm() -> None:
     help="A directory that CMD really writes to. Repeatable.",
 )
 @click.option("--append", multiple=True, help="A further kernel argument. Repeatable.")
-@click.option("-t", "--timeout", type=click.FloatRange(min=0), help="End CMD after these seconds.")
+@click.option("-t", "--timeout", type=Seconds(min=0), help="End CMD after these seconds.")
 @click.option(
     "--accel",
     type=click.Choice(["kvm", "tcg"]),

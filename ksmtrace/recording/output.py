@@ -34,7 +34,9 @@ def create(path: Path, force: bool) -> int:
         if error.errno == errno.ENXIO:
             raise _not_a_file(path) from None
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
-            raise UsageError(f"{path}: {error.strerror}") from error
+            raise UsageError(
+                f"{path}: {error.strerror}", "choose a file in a directory that exists"
+            ) from error
         raise CannotRun(f"{path} cannot be created: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)

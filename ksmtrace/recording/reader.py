@@ -74,7 +74,10 @@ class RecordingReader:
             self._content = path.read_bytes() if path.stat().st_size == 0 else _mapped(path)
         except OSError as error:
             why = "it is no regular file" if error.strerror is None else error.strerror
-            raise RecordingError(f"{path} cannot be read: {why}") from error
+            raise RecordingError(
+                f"{path} cannot be read: {why}",
+                "a recording is one file, which `ksmtrace record` made, and its owner's only",
+            ) from error
         self._source = pa.BufferReader(self._content)
         try:
             # Threads would take longer to start than one of our messages takes to decode.
@@ -176,7 +179,10 @@ class RecordingReader:
 
     def _no_recording(self) -> RecordingError:
         if len(self._content) == 0:
-            return ForeignRecording(f"{self.path} is empty", "it was cut off before its header")
+            return ForeignRecording(
+                f"{self.path} is empty",
+                "nothing was recorded, or it was cut off before its header: record again",
+            )
         begins_as_one = bytes(self._content[: len(_STREAM_BEGIN)]) == _STREAM_BEGIN
         or_cut_off = ", or was cut off in its header" if begins_as_one else ""
         return ForeignRecording(

@@ -52,7 +52,7 @@ class VmOptions:
 
     def __post_init__(self) -> None:
         if self.memory_bytes < 256 * MIB:
-            raise UsageError("a guest needs at least 256M of memory")
+            raise UsageError("a guest needs at least 256M of memory", "give more with --memory")
         if self.hotplug_bytes % (128 * MIB):
             raise UsageError("hot-pluggable memory comes in blocks of 128M")
 

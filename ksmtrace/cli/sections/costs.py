@@ -82,11 +82,14 @@ def _profit(profit: dict[str, Any], of_all: bool, everything: bool) -> Iterator[
 def _cow(cow: dict[str, Any] | None, content: dict[str, Any], everything: bool) -> Iterator[str]:
     if cow is None:
         counter = next((c for c in content["counters"] if c["counter"] == "cow_ksm"), None)
-        counted = counter["delta"] if counter else None
-        yield (
-            "  copies on write: not visible on this kernel; by cow_ksm "
-            f"{exact(counted)}, unmerges included"
+        counted = (
+            "unknown, as there are no two samples"
+            if not content["counters"]
+            else "absent, too"
+            if counter is None or counter["delta"] is None
+            else f"{counter['delta']:,}, unmerges included"
         )
+        yield f"  copies on write: not visible on this kernel; by cow_ksm {counted}"
         return
     causes = ", ".join(f"{name} {count:,}" for name, count in cow["by_cause"].items() if count)
     yield f"  copies on write: {cow['copies']:,} KSM pages" + (f" ({causes})" if causes else "")

@@ -28,8 +28,10 @@ def lines(content: dict[str, Any], everything: bool) -> Iterator[str]:
         yield "MERGES: not visible on this kernel"
         return
     rate = merges["success_rate"]
+    # Of what is lost at least this much happened.
+    least = "at least " if content["lost_by_kind"].get("ksm_merge_with_ksm_page") else ""
     yield (
-        f"MERGES: {merges['attempts']:,} attempts, {merges['succeeded']:,} pages merged"
+        f"MERGES: {least}{merges['attempts']:,} attempts, {merges['succeeded']:,} pages merged"
         + (f" ({text_share(rate)})" if rate is not None else "")
         + f", {merges['new_stable_nodes']:,} new stable nodes"
     )

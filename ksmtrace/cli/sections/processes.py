@@ -19,9 +19,12 @@ def lines(content: dict[str, Any], everything: bool) -> Iterator[str]:
     yield f"PROCESSES: {len(processes)}"
     if not processes:
         return
+    if content["lost"]:
+        yield "  by the events that are left: merged, failed, removed, zero and shared may be more"
     shown = processes if everything else processes[:MOST_ROWS]
     if len(shown) < len(processes):
         yield f"  the first {len(shown)} (--all shows all):"
+    unread = not content["counters"]
     rows = [
         [
             "–" if p["pid"] is None else str(p["pid"]),
@@ -30,7 +33,8 @@ def lines(content: dict[str, Any], everything: bool) -> Iterator[str]:
             f"{p['failed_attempts']:,}",
             f"{p['removed_pages'] + (p['left_singly_pages'] or 0):,}",
             f"{p['zero_merged_pages']:,}",
-            exact(p["ksm_merging_pages"]),
+            # Where nobody read it, it is not known whether the kernel counts it.
+            "–" if unread and p["counted_by"] is None else exact(p["ksm_merging_pages"]),
             {"ksm_exit": "at exit", "sample": "last sample"}.get(p["counted_by"] or "", "–"),
             _difference(p["difference"]),
             f"{p['shared_with_others_pages']:,}",

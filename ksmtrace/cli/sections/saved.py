@@ -7,7 +7,7 @@ from typing import Any
 
 from ksmtrace.cli.charts import Absent, Chart, Panel, Series, Timeline
 from ksmtrace.cli.sections.words import exact, seconds
-from ksmtrace.units import text_bytes, text_duration
+from ksmtrace.units import text_bytes, text_duration, text_share
 
 _PAGE_BYTES = 4096
 _MIB = 1 << 20
@@ -34,14 +34,12 @@ def lines(content: dict[str, Any], everything: bool) -> Iterator[str]:
     ksmd = content["ksmd"] or {}
     if "cpu_ns" in ksmd:
         share = ksmd["cpu_ns"] / max(ksmd["elapsed_ns"], 1)
-        merged = (content["merges"] or {}).get("succeeded")
+        each = (content["profit"]["yield"] or {}).get("cpu_ns_per_merged_page")
         of_all = not content["selection"] or content["selection"]["pids"] is None
-        cost = ""
-        if merged and of_all:
-            cost = f", {text_duration(ksmd['cpu_ns'] / merged)} per merged page"
+        cost = f", {text_duration(each)} per merged page" if each and of_all else ""
         yield (
-            f"  ksmd: {text_duration(ksmd['cpu_ns'])} of CPU ({share:.1%} of one CPU), waited "
-            f"{text_duration(ksmd['run_delay_ns'])} for one{cost}"
+            f"  ksmd: {text_duration(ksmd['cpu_ns'])} of CPU ({text_share(share)} of one CPU), "
+            f"waited {text_duration(ksmd['run_delay_ns'])} for one{cost}"
         )
     scanned = counters.get("pages_scanned", {}).get("delta")
     skipped = counters.get("pages_skipped", {}).get("delta")

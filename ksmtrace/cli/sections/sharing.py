@@ -10,6 +10,7 @@ from ksmtrace.cli.sections.words import MOST_ROWS, name_of
 from ksmtrace.cli.table import indent, render_table
 
 _MOST_CELLS = 12
+_TOLD_BY = ("ksm_merge_with_ksm_page", "stable_tree_append")
 
 
 def lines(content: dict[str, Any], everything: bool) -> Iterator[str]:
@@ -22,8 +23,17 @@ def lines(content: dict[str, Any], everything: bool) -> Iterator[str]:
             names = sorted((one, f"{name_of(other)} ({other['pid']})"))
             pair = pairs.setdefault((names[0], names[1]), {})
             pair[one] = other["pages"], process["merged_pages"]
+    lost = sum(content["lost_by_kind"].get(kind, 0) for kind in _TOLD_BY)
+    if lost:
+        yield (
+            "  at least these: events of merges are lost"
+            if pairs
+            else ("  unknown: events of merges are lost, and those left tell of no two processes")
+        )
     if not pairs:
-        yield "  no two processes merged into the same KSM page during the recording"
+        if not lost:
+            during = "span" if content["selection"] else "recording"
+            yield f"  no two processes merged into the same KSM page during the {during}"
         return
     most = sorted(pairs.items(), key=lambda pair: -max(pages for pages, _ in pair[1].values()))
     shown = most if everything else most[:MOST_ROWS]
