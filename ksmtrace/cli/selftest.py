@@ -225,8 +225,9 @@ def _judged_until_then(folder: Path, ids: tuple[str, ...]) -> dict[str, Any]:
 def _why_lost(lost: LostVM) -> str:
     if not lost.has_booted:
         return f"{lost}: {lost.hint}"
-    where = next((line for line in lost.console_tail if "RIP: " in line), None)
-    return str(lost) if where is None else f"{lost} ({where.strip()})"
+    # Without the console's time stamp.
+    where = next((line[line.index("RIP: ") :] for line in lost.console_tail if "RIP: " in line), "")
+    return f"{lost} ({where.strip()})" if where else str(lost)
 
 
 def _perform_only(ids: tuple[str, ...], timeout: float, folder: Path) -> int:

@@ -25,7 +25,7 @@ from ksmtrace.kernel.ksm_memory import UNSTABLE_FLAG
 from ksmtrace.recording.excerpt import Backlog
 from ksmtrace.recording.reader import RecordingReader
 from ksmtrace.stream import ProcessSeen
-from ksmtrace.workload.trial import Trial
+from ksmtrace.workload.trial import Reading, Trial
 
 NAMES = (
     *("cow", "crash", "duplicates", "fork", "killed", "lifetime", "losses", "pinned", "unique"),
@@ -472,6 +472,24 @@ def test_what_was_not_seen_whole_is_unknown(golden, claim_id, name, kind):
         removed = replace(recorded, events=concatenate([recorded.events[kept]]))
         assert find(removed, claim_id).verdict is Verdict.UNKNOWN
         assert f"events of {kind} are unaccounted for" in find(removed, claim_id).reason
+
+
+def test_no_search_of_an_empty_tree_says_nothing_where_searches_are_derived(golden):
+    recorded = golden("guest-6.12-witnessed")
+    at_ns = int(recorded.events["ts_ns"][places(recorded, "cmp_and_merge_page")[0]])
+    readings = (
+        Reading("start", at_ns - 2, at_ns - 1, {}, {}, None, None),
+        Reading("changed 4", at_ns + 1, at_ns + 2, {}, {}, None, None),
+    )
+    trials = {"volatile": Trial("volatile", {}, at_ns - 3, at_ns + 3, readings)}
+    claim = BY_ID["C50.events"]
+    assert judge(claim, Case(recorded, trials)).observed.startswith("0 searches in 1 visits")
+    plan = [
+        {**entry, "rung": "derived"} if entry["event"] == "stable_tree_search" else entry
+        for entry in recorded.header.plan
+    ]
+    derived = replace(recorded, header=replace(recorded.header, plan=plan))
+    assert judge(claim, Case(derived, trials)).reason == "a search of an empty tree is not seen"
 
 
 def test_a_busy_visit_that_had_nothing_to_remove_is_no_fault(golden):
