@@ -267,7 +267,7 @@ static __always_inline bool begin_rwsem_wait(struct locking *at, u64 lock_addres
 #ifdef KSMD_PID
 		wait->holder_pid = KSMD_PID;
 #endif
-	} else if (leaves || (in_ksmd() && is_ksmd(wait->holder_pid))) {
+	} else if (leaves || (owner & OWNER_MASK) == bpf_get_current_task()) {
 		/* It was itself the last to read, and has left; for an exit see kernel/exit.c:exit_mm. */
 		wait->holder_pid = 0;
 	} else if (wait->holder_pid) {

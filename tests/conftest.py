@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ksmtrace.workload.registered import registered_processes
 REQUIRED = os.environ.get("KSMTRACE_RUN_KERNEL_TESTS") == "1"
 RECORDINGS = Path(__file__).parent / "golden" / "recordings"
 LOCK = Path("/tmp/ksm.lock")
+LEAVING_S = 60
 
 
 @functools.cache
@@ -80,7 +82,10 @@ def kernel_lock() -> Iterator[None]:
 @pytest.fixture
 def ksm(kernel_lock: None) -> Iterator[None]:
     """KSM for this test alone, and the same knobs afterwards."""
-    others = registered_processes()
+    deadline = time.monotonic() + LEAVING_S
+    # Those of the test before may still be on their way out.
+    while (others := registered_processes()) and time.monotonic() < deadline:
+        time.sleep(0.05)
     if others:
         pytest.skip(f"KSM is in use by {', '.join(others.values())}")
     knobs = read_knobs()

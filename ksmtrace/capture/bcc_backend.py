@@ -147,10 +147,11 @@ class Programs:
 
     def stack(self, number: int) -> list[int]:
         """Read one stack that an event names: return addresses, the innermost first."""
-        try:
-            return list(self._bpf[b"stacks"].walk(number))
-        except KeyError:
-            return []
+        with _before_all_others():
+            try:
+                return list(self._bpf[b"stacks"].walk(number))
+            except KeyError:
+                return []
 
     def calls(self) -> dict[str, list[int | None]]:
         """Read how often each function with programs was entered, and how often it returned."""
@@ -239,6 +240,25 @@ def _import_bcc() -> Any:
             "system Python with --system-site-packages (scripts/setup does both)",
         ) from error
     return bcc
+
+
+@contextlib.contextmanager
+def _before_all_others() -> Iterator[None]:
+    """Let no other task have this thread's CPU, as far as that is allowed.
+
+    While bpf(2) looks into a map, the kernel leaves out all programs on kprobes on that CPU
+    (kernel/bpf/syscall.c: bpf_disable_instrumentation): also those of ksmd, if it came in between.
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def _read_program_information(fd: int) -> bytes:

@@ -30,9 +30,10 @@ from ksmtrace.workload.trials import TRIALS
 
 Report = Callable[[str], None]
 
-# Compiling the programs takes minutes under emulation, on a machine that has other work.
+# Compiling the programs takes minutes under emulation, on a machine that has other work, and to
+# detach them some as well.
 _ATTACH_S = 600.0
-_END_S = 60.0
+_END_S = 600.0
 _SAMPLE_INTERVAL = "0.5"
 _RECORDING, _TRIALS = "selftest.ksmt", "trials.jsonl"
 _KSMTRACE = [sys.executable, "-c", "from ksmtrace.cli import main; main()"]

@@ -36,7 +36,7 @@ _OUTCOME = "outcome.json"
     metavar="WHAT",
     multiple=True,
     help="Test this kernel in a guest, not the running one: a Debian series (5.10, 6.1, 6.12, "
-    "7.x, ...) or a bzImage. Repeatable.",
+    "7.x, ...), the release of a Debian kernel, or a bzImage. Repeatable.",
 )
 @click.option(
     "--modules",

@@ -28,7 +28,8 @@ def vm() -> None:
     "what",
     metavar="WHAT",
     required=True,
-    help="A Debian series (5.10, 6.1, 6.12, 6.18, ...; 7.x is the newest 7), or a bzImage.",
+    help="A Debian series (5.10, 6.1, 6.12, 6.18, ...; 7.x is the newest 7), the release of a "
+    "Debian kernel, or a bzImage.",
 )
 @click.option(
     "--modules",

@@ -17,6 +17,7 @@ from ksmtrace.vm import packages
 from ksmtrace.vm.cache import Notify, cache_directory
 
 _SERIES = re.compile(r"[0-9]+\.(?:[0-9]+|x)")
+_RELEASE = re.compile(r"[0-9]+\.[0-9]+[0-9a-z.+~-]*-amd64")
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,12 @@ def find_kernel(
     """Return the kernel that ``what`` names, fetched where need be.
 
     Args:
-        what: a Debian series (``6.12``, or ``7.x`` for the newest 7), or a path to a bzImage.
+        what: a Debian series (``6.12``, or ``7.x`` for the newest 7), a Debian kernel's release
+            (``6.1.0-57-amd64``), or a path to a bzImage.
         modules: the modules of that bzImage, where they are not in its own directory tree.
         notify: is told what takes time.
     """
-    if _SERIES.fullmatch(what):
+    if _SERIES.fullmatch(what) or _RELEASE.fullmatch(what):
         if modules is not None:
             raise UsageError("a Debian kernel brings its own modules", "leave --modules out")
         return kernel_in(packages.fetch(what, notify))

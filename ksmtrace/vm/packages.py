@@ -72,7 +72,13 @@ class KernelPackages:
 
 
 def fetch(series: str, notify: Notify) -> Path:
-    """Return the directory of the newest unpacked kernel of a series, fetched if need be."""
+    """Return the directory of an unpacked kernel, fetched if need be.
+
+    Args:
+        series: ``6.12``, or ``7.x`` for the newest 7, means the newest of them; a release, as
+            ``6.1.0-57-amd64``, that one.
+        notify: is told what takes time.
+    """
     cache = cache_directory()
     known = _known_choice(cache, series, FRESH_S)
     if known is not None:
@@ -103,10 +109,14 @@ def _choice_file(cache: Path, series: str) -> Path:
 
 
 def _known_choice(cache: Path, series: str, fresh_s: float) -> Path | None:
+    # What a release means never changes.
+    if series.endswith("-amd64"):
+        root = cache / "debian" / series
+        return root if root.is_dir() else None
     path = _choice_file(cache, series)
     try:
         age_s = time.time() - path.stat().st_mtime
-        root: Path = cache / "debian" / json.loads(path.read_text())["release"]
+        root = cache / "debian" / json.loads(path.read_text())["release"]
     except (OSError, ValueError):
         return None
     return root if 0 <= age_s < fresh_s and root.is_dir() else None
@@ -117,10 +127,10 @@ def prepared_apt(cache: Path, series: str, notify: Notify) -> Apt:
 
     Args:
         cache: the directory of the kernels, locked.
-        series: ``6.12`` or ``7.x``.
+        series: ``6.12``, ``7.x``, or a release.
         notify: is told what takes time.
     """
-    suites = _SUITES_OF_SERIES.get(series, NEWEST)
+    suites = _SUITES_OF_SERIES.get(".".join(re.findall(r"[0-9]+", series)[:2]), NEWEST)
     apt = Apt(cache / "apt" / suites[0])
     apt.configure(sources_for(suites, apt.machine_sources()))
     if apt.lists_age_s() > FRESH_S:
@@ -151,7 +161,7 @@ def _in_series(name: str, series: str) -> bool:
     found = _IMAGE.fullmatch(name)
     if found is None or _FLAVOURS.search(name):
         return False
-    return is_of_series(found["version"], series)
+    return f"{found['abi']}-amd64" == series or is_of_series(found["version"], series)
 
 
 def is_of_series(version: str, series: str) -> bool:
@@ -162,10 +172,10 @@ def is_of_series(version: str, series: str) -> bool:
 def choose(
     series: str, versions: Iterable[tuple[str, str]], names: Iterable[str]
 ) -> KernelPackages | None:
-    """Return the newest kernel of a series.
+    """Return the newest kernel of a series, or the one of a release.
 
     Args:
-        series: ``6.12`` or ``7.x``.
+        series: ``6.12``, ``7.x``, or a release.
         versions: names of packages with their versions, a name as often as it has versions.
         names: all names of packages, to know what a kernel is split into.
     """

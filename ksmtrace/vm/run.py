@@ -26,14 +26,14 @@ from ksmtrace.vm.console import clean_console, find_death, tail
 from ksmtrace.vm.kernels import Kernel
 from ksmtrace.vm.machine import Accelerator, Ports, VmOptions
 
-# Until the guest's init reports. Measured here under emulation: 5 to 8 s.
-BOOT_BOUND_S = {"tcg": 120.0, "kvm": 15.0}
+# Until the guest's init reports. Measured here under emulation: 5 to 8 s on an idle machine.
+BOOT_BOUND_S = {"tcg": 240.0, "kvm": 15.0}
 # The guest reports every 5 s, unless it is gone.
 SILENCE_BOUND_S = 120.0
 # How long the command may take to end once it was told to.
-GRACE_S = 10.0
+GRACE_S = 30.0
 # How long QEMU may take to end, or its output to arrive, once the guest is done.
-_END_BOUND_S = 10.0
+_END_BOUND_S = 30.0
 _TICK_S = 0.25
 _GUESTS_TAKE = (
     "a guest's kernel takes PCI, VIRTIO_PCI, VIRTIO_CONSOLE, NET_9P_VIRTIO, 9P_FS, OVERLAY_FS, "

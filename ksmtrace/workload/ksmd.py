@@ -20,8 +20,9 @@ from ksmtrace.workload.registered import nr_rmap_items
 from ksmtrace.workload.signals import Stop
 
 # Any change of sleep_millisecs wakes ksmd at once (mm/ksm.c:sleep_millisecs_store), so two values
-# take turns. Both are far longer than it takes to notice the end of a pass and to stop ksmd.
-_PAUSES_MS = (1009, 1013)
+# take turns. Both are far longer than it takes to notice the end of a pass and to stop ksmd, also
+# on a machine that lets this process wait for seconds.
+_PAUSES_MS = (30_011, 30_013)
 _FIRST_POLL_SECONDS = 0.0005
 _LONGEST_POLL_SECONDS = 0.02
 

@@ -19,6 +19,8 @@ from ksmtrace.workload.registered import nr_rmap_items
 
 MADV_UNMERGEABLE = 13
 MADV_WIPEONFORK = 18
+# Until what ksmd did not do counts as what it does not do.
+_PATIENCE_S = 60
 
 
 def _copies(lab: Lab) -> None:
@@ -140,7 +142,7 @@ def _idle(lab: Lab) -> None:
     lab.stop.pause(0.5)
     lab.read("end")
     lab.start(Layout("ksm-waker", 11, 0, 11))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + _PATIENCE_S
     scans = read_ksm()["full_scans"]
     while read_ksm()["full_scans"] == scans and time.monotonic() < deadline:
         lab.stop.pause(0.02)
@@ -214,7 +216,7 @@ def _batches(lab: Lab) -> None:
     scans = read_ksm()["full_scans"]
     assert isinstance(scans, int)
     lab.knobs.set(run=1)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + _PATIENCE_S
     while int(read_ksm()["full_scans"] or 0) < scans + 2 and time.monotonic() < deadline:
         lab.stop.pause(0.005)
     begin_ns = time.monotonic_ns()

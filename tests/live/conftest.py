@@ -22,14 +22,14 @@ from ksmtrace.stream import CounterSample
 from ksmtrace.workload.registered import nr_rmap_items
 
 KSMTRACE = [sys.executable, "-c", "from ksmtrace.cli import main; main()"]
-WAIT_S = 60.0
+WAIT_S = 300.0
 
 
 def wait_until(condition: Callable[[], Any]) -> Any:
     """Poll until a condition holds; fail where it does not in time."""
     deadline = time.monotonic() + WAIT_S
     while not (found := condition()):
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"waited in vain for {WAIT_S:g} s"
         select.select([], [], [], 0.005)
     return found
 
@@ -125,7 +125,7 @@ def holding(*program: str) -> Iterator[dict[str, Any]]:
 
 
 def workload(name: str, *options: str) -> tuple[str, ...]:
-    return (*KSMTRACE, "workload", name, *options, "--json", "--hold", "50")
+    return (*KSMTRACE, "workload", name, *options, "--json", "--hold", "500")
 
 
 def nr_programs() -> int:

@@ -87,7 +87,7 @@ def main() -> None:
         found = {"pid": os.getpid(), "areas": len(areas), "calls": calls}
         print(json.dumps(found | {"total_ns": total_ns, "worst_ns": worst_ns}), flush=True)
         with contextlib.suppress(Interrupted):
-            stop.wait_readable(0, 60)
+            stop.wait_readable(0, 600)
 
 
 main()

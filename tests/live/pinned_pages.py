@@ -51,10 +51,10 @@ def main() -> None:
         ksmd.take_over(smart_scan=False)
         ksmd.budget(2 * pairs)
         for _ in range(2):
-            assert ksmd.run_pass(30)
+            assert ksmd.run_pass(300)
         print(json.dumps({"pid": os.getpid(), "pages": len(memory) // PAGE}), flush=True)
         with contextlib.suppress(Interrupted):
-            stop.wait_readable(0, 60)
+            stop.wait_readable(0, 600)
 
 
 main()

@@ -74,7 +74,7 @@ def test_after_sigkill_the_file_reads_as_incomplete(live, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_a_workload_is_recorded_restores_the_knobs(live, tmp_path, number):
     knobs = read_knobs()
-    command = (*live.ksmtrace, "workload", "duplicates", "--pages", "50", "--hold", "50")
+    command = (*live.ksmtrace, "workload", "duplicates", "--pages", "50", "--hold", "500")
     with live.recording(tmp_path / "f", command=command) as recorder:
         live.wait_until(lambda: read_knobs() != knobs)
         if number == signal.SIGINT:  # as a terminal does: to the whole process group
@@ -121,7 +121,7 @@ def test_a_full_disk_ends_the_recording_with_what_fits(live, tmp_path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(mount)], check=True)
     try:
         path = mount / "f"
-        done = live.run("record", "--json", "--interval", "0.01", "-d", "30", "-o", str(path))
+        done = live.run("record", "--json", "--interval", "0.01", "-d", "250", "-o", str(path))
         assert done.returncode == 3
         assert "No space left on device" in one_error(done.stderr)
         assert "incomplete but readable" in hint(done.stderr)
@@ -175,7 +175,7 @@ def test_a_command_that_the_kernel_cannot_run_is_wrong_usage(live, tmp_path):
 def as_nobody(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *command],
-        capture_output=True, text=True, timeout=60, cwd=cwd,
+        capture_output=True, text=True, timeout=300, cwd=cwd,
     )  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def in_mount_namespace(setup: str, *command: str) -> subprocess.CompletedProcess
     script = f"{setup} && exec {shlex.join(command)}"
     return subprocess.run(
         ["unshare", "-m", "--propagation", "private", "sh", "-c", script],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
@@ -280,7 +280,7 @@ def test_programs_that_do_not_load_leave_nothing_attached(live, tmp_path, source
         Programs([on_tracepoint(tracepoint)], {}, 4096, path)
     assert "\n" not in str(caught.value)
     assert caught.value.hint
-    assert live.nr_programs() == before
+    live.wait_until(lambda: live.nr_programs() <= before)
 
 
 def test_a_define_that_makes_no_sense_is_refused(live):
@@ -288,14 +288,14 @@ def test_a_define_that_makes_no_sense_is_refused(live):
     with pytest.raises(BackendUnavailable) as caught:
         Programs([on_tracepoint("ksm_enter")], {"ksm_event": 5}, 4096)
     assert "\n" not in str(caught.value)
-    assert live.nr_programs() == before
+    live.wait_until(lambda: live.nr_programs() <= before)
 
 
 def test_a_tracepoint_attached_before_one_that_fails_is_detached_again(live):
     before = live.nr_programs()
     with pytest.raises(BackendUnavailable):
         Programs([on_tracepoint("ksm_enter"), on_tracepoint("ksm_nonsense")], {}, 4096)
-    assert live.nr_programs() == before
+    live.wait_until(lambda: live.nr_programs() <= before)
 
 
 def test_the_console_script_is_installed(live):

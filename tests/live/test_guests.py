@@ -17,13 +17,13 @@ def test_report_names_both_guests_and_what_they_share(ksm, tmp_path):
     recording = tmp_path / "guests.ksmt"
     subprocess.run(
         [
-            *(ROOT / "scripts" / "guests", "run", "--"),
+            *(ROOT / "scripts" / "guests", "run", "--timeout", "600", "--"),
             *(KSMTRACE, "record", "-o", recording, "--"),
-            *(sys.executable, ROOT / "scripts" / "ksmd", "--seconds", "5"),
+            *(sys.executable, ROOT / "scripts" / "ksmd", "--passes", "5"),
             *("--pages-to-scan", "5000"),
         ],
         check=True,
-        timeout=240,
+        timeout=1000,
     )
     done = subprocess.run(
         [KSMTRACE, "report", recording, "--json"], check=True, stdout=subprocess.PIPE

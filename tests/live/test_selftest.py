@@ -28,7 +28,7 @@ sys.stdin.read()
 def test_the_running_kernel_passes_and_is_left_as_it_was(live, clean):
     programs = live.nr_programs()
     done = subprocess.run(
-        [*live.ksmtrace, "selftest", "--ktap"], capture_output=True, text=True, timeout=300
+        [*live.ksmtrace, "selftest", "--ktap"], capture_output=True, text=True, timeout=1000
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
@@ -41,7 +41,7 @@ def test_the_running_kernel_passes_and_is_left_as_it_was(live, clean):
     held = {"C02", "C19", "C22", "C26", "C44", "C39", "C52", "D3", "D6", "I10"}
     assert not held & skipped
     assert nr_rmap_items(read_ksm()) == 0
-    assert live.nr_programs() == programs
+    live.wait_until(lambda: live.nr_programs() <= programs)
 
 
 def test_it_is_skipped_where_others_use_ksm(live, clean):
@@ -50,7 +50,7 @@ def test_it_is_skipped_where_others_use_ksm(live, clean):
             [*live.ksmtrace, "selftest", "--claim", "C22", "--ktap"],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1000,
         )
     assert done.returncode == 4, done.stderr
     assert re.fullmatch(
@@ -71,7 +71,7 @@ def test_it_can_be_stopped_at_any_time(live, clean, number):
         live.wait_until(lambda: read_ksm()["pages_unshared"])
         process.send_signal(number)
         process.stderr.read()
-        assert process.wait(60) == 128 + number
+        assert process.wait(300) == 128 + number
     left = [path for path in Path("/proc").glob("[0-9]*/comm") if is_ours(path)]
     assert left == []
 

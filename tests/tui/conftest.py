@@ -25,7 +25,7 @@ from ksmtrace.tui.replay import ReplayEngine
 
 RECORDINGS = Path(__file__).parent.parent / "golden" / "recordings"
 SCREENS = Path(__file__).parent / "screens"
-WAIT_S = 60.0
+WAIT_S = 300.0
 
 
 def text_of(app: Top) -> str:
@@ -47,7 +47,7 @@ def wait(condition: Callable[[], Any]) -> None:
     """Wait until something is so without a screen; fail where it is not in time."""
     deadline = time.monotonic() + WAIT_S
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"waited in vain for {WAIT_S:g} s"
         time.sleep(0.01)
 
 
@@ -55,7 +55,9 @@ async def until(pilot: Any, condition: Callable[[], Any]) -> None:
     """Wait until something is so; fail where it is not in time."""
     deadline = time.monotonic() + WAIT_S
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain:\n" + text_of(pilot.app)
+        assert time.monotonic() < deadline, (
+            f"waited in vain for {WAIT_S:g} s:\n{text_of(pilot.app)}"
+        )
         await pilot.pause(0.02)
 
 
@@ -135,7 +137,11 @@ async def settled(pilot: Any, engine: Engine) -> None:
 async def drawn(pilot: Any) -> None:
     """Wait until the last moment is on the screen."""
     await until(pilot, lambda: pilot.app._drawn and pilot.app._drawn[0] == pilot.app.shown.number)
-    await pilot.pause(0.05)
+    # What was drawn is laid out by messages, of which some bring others.
+    before = None
+    while before != (before := text_of(pilot.app)):
+        await pilot.pause(0.05)
+        await pilot.pause()
 
 
 def compare(name: str, text: str) -> None:

@@ -25,7 +25,7 @@ from ksmtrace.tui.moment import Phase
 from ksmtrace.tui.replay import ReplayEngine
 from ksmtrace.tui.wire import Packer, Unpacker
 
-WAIT_S = 60.0
+WAIT_S = 300.0
 
 
 @pytest.mark.parametrize("size", [(80, 24), (160, 50)], ids=["80x24", "160x50"])

@@ -100,7 +100,8 @@ def test_a_recording_that_is_damaged_shows_what_came_before(tui, tmp_path):
     async def act(pilot, app):
         text = tui.text_of(app)
         assert text.startswith("FAILED")
-        assert "is damaged before or at byte" in text.replace("\n", " ")
+        # Where it is broken into lines, the length of the path decides.
+        assert "is damaged before or at byte" in " ".join(text.split())
         assert app.shown.picture.nr_events > 0
 
     app = tui.drive(ReplayEngine(path, at_end=True), act)

@@ -2,7 +2,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ksmtrace.errors import KernelFeatureMissing, KernelInterfaceError
@@ -264,7 +264,7 @@ def _ask_everything(blob: bytes) -> None:
         btf.function_arguments(name)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_damaged_bytes_are_refused_or_read_but_never_crash(data):
     blob = bytearray(BLOBS["6.12"])

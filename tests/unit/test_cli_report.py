@@ -19,7 +19,7 @@ KSMTRACE = [sys.executable, "-c", "from ksmtrace.cli import main; main()"]
 
 def run(*arguments, **options):
     return subprocess.run(
-        [*KSMTRACE, *map(str, arguments)], capture_output=True, text=True, timeout=60, **options
+        [*KSMTRACE, *map(str, arguments)], capture_output=True, text=True, timeout=300, **options
     )
 
 
@@ -205,7 +205,7 @@ def test_a_closed_pipe_is_no_error():
     for options in ("", "--json"):
         done = subprocess.run(
             ["bash", "-c", f"{command} {options} '{GOLDENS}/lifetime.ksmt' | head -c 1"],
-            capture_output=True, text=True, timeout=60,
+            capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.stderr == ""
 
@@ -244,7 +244,7 @@ def test_help_and_report_import_no_capture():
     for argv, unwanted in cases:
         done = subprocess.run(
             [sys.executable, "-c", program.format(argv=argv, unwanted=unwanted)],
-            capture_output=True, text=True, timeout=60,
+            capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.stderr == "[]\n"
 
@@ -265,7 +265,7 @@ def test_where_numpy_does_not_sort_nothing_is_said(command):
         "from ksmtrace.cli import main\nmain()"
     )
     program = [sys.executable, "-c", broken, command, GOLDENS / "guest-7.x-churn.ksmt"]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (3, "")
     assert done.stderr.startswith("ksmtrace: numpy sorts wrongly on this CPU")
     assert "-cpu max,-avx2" in done.stderr

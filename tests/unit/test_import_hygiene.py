@@ -27,7 +27,7 @@ def modules_after(code: str) -> set[str]:
         [sys.executable, "-c", report + code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -370,7 +370,7 @@ def test_a_plan_without_merges_knows_nothing():
 
 def run(*arguments):
     return subprocess.run(
-        [*KSMTRACE, "tree", *map(str, arguments)], capture_output=True, text=True, timeout=60
+        [*KSMTRACE, "tree", *map(str, arguments)], capture_output=True, text=True, timeout=300
     )
 
 

@@ -172,7 +172,9 @@ ITEMS = st.one_of(
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(items=st.lists(ITEMS, max_size=15))
 def test_any_sequence_comes_back_equal_and_in_order(tmp_path, items):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,8 +23,10 @@ BUILDS = {
     "5.10.262": "9bcfc2361bcccd68de7f4941e069bb6910665236",
     "6.1.176": "06f8bde30046985060c60820f7a11515a33afb06",
     "6.1.192": "eb4fbcd037e7253717950bf2b93bd5566f47c56f",
+    "6.1.192-3": "6a2b4ac77585b8cf102cba771300e573c8489b69",
     "6.12.107": "9c54a8e41141472ef75c7d0bef45c721ad398682",
     "6.12.117": "b1d7a9114053a488ef493f85f85e9fc75ba9f632",
+    "6.12.118": "67e5e727aeb3cb468dfe1bb8f9738f944c3a7d50",
     "7.2.12": "1eeabb9495d1c8f00f0ea93e0fc50f51c3d38e32",
     "7.2.13": "f8da1e460d1343b62f4a8880ae5ce63634756e7a",
     "7.3.4": "b3997c9bf954efcafed82ed219434f03b715f8df",
@@ -147,7 +150,7 @@ def test_every_supported_build_has_a_recipe(no_user_recipes: Path) -> None:
         recipe = find_recipe(build_id)
         assert recipe is not None
         assert recipe.build_id == build_id
-        assert f"Debian {version}-" in recipe.version
+        assert re.search(rf"Debian {re.escape(version)}\b", recipe.version)
         assert recipe.release.endswith("-amd64")
 
 

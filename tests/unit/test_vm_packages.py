@@ -48,6 +48,29 @@ def test_the_newest_of_a_series(suite: str, series: str, expected: KernelPackage
 
 
 @needs_dpkg
+@pytest.mark.parametrize(
+    ("suite", "release", "version"),
+    [
+        ("bookworm", "6.1.0-50-amd64", "6.1.176-1"),
+        ("trixie-backports", "7.2.12+deb13-amd64", "7.2.12-1~bpo13+1"),
+    ],
+)
+def test_a_release_is_that_one_though_there_are_newer(
+    suite: str, release: str, version: str
+) -> None:
+    found = chosen(suite, release)
+    assert found is not None
+    assert (found.release, found.version) == (release, version)
+    assert chosen(suite, release.replace("-amd64", "9-amd64")) is None
+
+
+def test_a_release_that_was_fetched_takes_no_archive(kernels: Path) -> None:
+    there = kernels / "debian" / "6.1.0-50-amd64"
+    there.mkdir(parents=True)
+    assert packages.fetch("6.1.0-50-amd64", lambda text: None) == there
+
+
+@needs_dpkg
 def test_a_kernel_is_split_into_packages() -> None:
     found = chosen("trixie-backports", "7.2")
     assert found is not None

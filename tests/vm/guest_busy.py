@@ -1,6 +1,6 @@
 """Runs in a guest as root: a recording that begins and ends while ksmd is at work on many pages.
 
-``guest_busy.py OUT_FILE`` records for some seconds.
+``guest_busy.py OUT_FILE`` records for some of ksmd's passes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 
 KSM = Path("/sys/kernel/mm/ksm")
 PAGE = mmap.PAGESIZE
-PROCESSES, PAGES, CONTENTS, SECONDS = 3, 2003, 13, "5"
+PROCESSES, PAGES, CONTENTS, PASSES = 3, 2003, 13, 31
+PATIENCE_S = 400
 
 
 def main(out: Path) -> None:
@@ -27,13 +28,20 @@ def main(out: Path) -> None:
         if child == 0:
             write_for_ever()
         children.append(child)
-    while int((KSM / "pages_sharing").read_text()) < PAGES:
-        time.sleep(0.1)
+    wait_for("pages_sharing", PAGES)
     ksmtrace = str(Path(sys.executable).with_name("ksmtrace"))
-    recorded = subprocess.run([ksmtrace, "record", "--every-page", "-d", SECONDS, "-o", str(out)])
+    record = [ksmtrace, "record", "--every-page", "-o", str(out), "--"]
+    recorded = subprocess.run([*record, sys.executable, __file__, "passes"])
     for child in children:
         os.kill(child, signal.SIGKILL)
     sys.exit(recorded.returncode)
+
+
+def wait_for(name: str, least: int) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while (now := int((KSM / name).read_text())) < least:
+        assert time.monotonic() < deadline, f"in {PATIENCE_S} s {name} is {now}, not {least}"
+        time.sleep(0.1)
 
 
 def write_for_ever() -> None:
@@ -49,4 +57,7 @@ def write_for_ever() -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    if sys.argv[1] == "passes":
+        wait_for("full_scans", int((KSM / "full_scans").read_text()) + PASSES)
+    else:
+        main(Path(sys.argv[1]))

@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -26,7 +27,10 @@ CGROUP = Path("/sys/fs/cgroup")
 DELAYACCT = Path("/proc/sys/kernel/task_delayacct")
 PAGE = mmap.PAGESIZE
 HUGE = 2 << 20
-MADV_UNMERGEABLE, MADV_PAGEOUT = 13, 21
+MADV_UNMERGEABLE = 13
+READ = "what the kernel holds was read"  # as the recorder says when it was asked to
+# For each wait; a guest ends after conftest.py:LONGEST_S whatever happens.
+PATIENCE_S = 400
 SYS_MOVE_PAGES, MPOL_MF_MOVE_ALL = 279, 4
 
 MERGED, CONTENTS = 331, 7
@@ -49,8 +53,15 @@ def main(out: Path) -> None:
     ksmtrace = str(Path(sys.executable).with_name("ksmtrace"))
     recording = str(out / "costs.ksmt")
     record = [ksmtrace, "record", "--force", "--witnesses", "--interval", "3600", "-o", recording]
-    work_command = [sys.executable, __file__, "work", str(out)]
-    sys.exit(subprocess.run([*record, "--", *work_command]).returncode)
+    command = [*record, "--", sys.executable, __file__, "work", str(out)]
+    said = out / "costs.err"
+    with said.open("w") as stderr:
+        status = subprocess.run(command, stderr=stderr).returncode
+    sys.stderr.write(said.read_text())
+    # `ksmtrace record` ends with 0 whatever its command did.
+    if not status and not (out / "witness.json").exists():
+        sys.exit("what was recorded has failed, as it says above")
+    sys.exit(status)
 
 
 def work(out: Path) -> None:
@@ -97,11 +108,26 @@ def passes(number: int) -> None:
     """Let ksmd make so many passes, and stop it."""
     set_knob("run", 1)
     wanted = int((KSM / "full_scans").read_text()) + number
-    deadline = time.monotonic() + 120
-    while int((KSM / "full_scans").read_text()) < wanted:
-        assert time.monotonic() < deadline, "ksmd is too slow"
+    deadline = time.monotonic() + PATIENCE_S
+    while (done := int((KSM / "full_scans").read_text())) < wanted:
+        assert time.monotonic() < deadline, f"in {PATIENCE_S} s full_scans is {done} of {wanted}"
         time.sleep(0.02)
     set_knob("run", 0)
+
+
+def merge(pages: int) -> None:
+    """Let ksmd pass until so many pages are merged, all processes together.
+
+    A page that something refers to for a moment stays out of a pass, and what others have left is
+    in the counters until ksmd has come by.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        passes(3)
+        merged = sum(int((KSM / name).read_text()) for name in ("pages_shared", "pages_sharing"))
+        if merged == pages:
+            return
+        assert time.monotonic() < deadline, f"in {PATIENCE_S} s {merged} of {pages} pages merged"
 
 
 def make_area(pages: int, content: Callable[[int], int], first: int = 0) -> mmap.mmap:
@@ -124,7 +150,7 @@ def address_of(area: mmap.mmap, page: int = 0) -> int:
 def cow(out: Path) -> dict[str, Any]:
     """Each way to copy a KSM page: a write, a read(2) into it, another process, an unmerge."""
     area = make_area(MERGED, lambda page: page % CONTENTS)
-    passes(3)
+    merge(MERGED)
     counts = [read_counters().get("cow_ksm")]
 
     def count() -> None:
@@ -180,7 +206,7 @@ def delays(out: Path) -> dict[str, Any]:
     child = os.fork()
     if child == 0:
         area = make_area(MERGED, lambda page: 12_000 + page % CONTENTS)
-        passes(3)
+        merge(MERGED)
         taskstats = CopyDelays(count_offset, delay_offset)
         taskstats.read(os.getpid())
         before = taskstats.read(os.getpid())
@@ -207,7 +233,10 @@ def zero_pages(out: Path) -> dict[str, Any]:
         area[page * PAGE] = 1
         area[page * PAGE] = 0
     passes(3)
-    before = read_counters().get("ksm_zero_pages")
+    deadline = time.monotonic() + PATIENCE_S
+    while (before := read_counters().get("ksm_zero_pages")) not in (None, ZEROS):
+        assert time.monotonic() < deadline, f"in {PATIENCE_S} s {before} of {ZEROS} zero pages"
+        passes(1)
     for page in range(ZEROS_WRITTEN):
         fill(area, page, 6000 + page)
     after = read_counters().get("ksm_zero_pages")
@@ -224,19 +253,24 @@ def limit(out: Path) -> dict[str, Any]:
     """
     group = make_group("limited")
     (group / "memory.swap.max").write_text("0")
+    # Written to before the memory is short, so that a word in it takes none.
+    over = mmap.mmap(-1, PAGE)
+    over[0] = 0
     asked, ask = os.pipe()
     told, tell = os.pipe()
     child = os.fork()
     if child == 0:
+        over[1] = 0
         Path("/proc/self/oom_score_adj").write_text("-1000")
         (group / "cgroup.procs").write_text(str(os.getpid()))
         area = make_area(LIMITED, lambda page: 7000 + page % CONTENTS)
-        passes(3)
+        merge(LIMITED)
         before = read_counters().get("cow_ksm", 0)
         used = int((group / "memory.current").read_text())
         os.write(ask, b"!")
         (group / "memory.max").write_text(str(used + SPARE * PAGE))
         failed = unmerge(area, 0, LIMITED)
+        over[0] = 1
         between = read_when_memory_allows().get("cow_ksm", 0)
         worked = unmerge(area, 0, LIMITED)
         after = read_counters().get("cow_ksm", 0)
@@ -247,12 +281,13 @@ def limit(out: Path) -> dict[str, Any]:
         os.write(tell, json.dumps(said).encode())
         os._exit(0)
     os.close(tell)
-    os.read(asked, 1)
-    deadline = time.monotonic() + 60
-    while " oom 0" in f" {(group / 'memory.events').read_text()}".replace("\n", " "):
-        assert time.monotonic() < deadline, "there was memory enough"
+    os.close(ask)
+    assert os.read(asked, 1) == b"!"
+    deadline = time.monotonic() + PATIENCE_S
+    # Before it says so it may itself be short of memory, for the second time.
+    while not over[0] and (times := times_short(group)) < 2:
+        assert time.monotonic() < deadline, f"short of memory {times} times in {PATIENCE_S} s"
         time.sleep(0.05)
-    time.sleep(0.5)
     (group / "memory.max").write_text("max")
     with os.fdopen(told) as answer:
         said = json.loads(answer.read())
@@ -261,9 +296,14 @@ def limit(out: Path) -> dict[str, Any]:
     return {"pid": child, **said}
 
 
+def times_short(group: Path) -> int:
+    events = dict(line.split() for line in (group / "memory.events").read_text().splitlines())
+    return int(events["oom"])
+
+
 def read_when_memory_allows() -> dict[str, int]:
     """Read the counters, for which the kernel needs memory: until the limit is raised."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             return read_counters()
@@ -281,7 +321,7 @@ def make_group(name: str) -> Path:
 
 def migrate(out: Path) -> dict[str, Any]:
     area = make_area(MERGED, lambda page: 8000 + page % CONTENTS)
-    passes(3)
+    merge(MERGED)
     before = read_counters()["pgmigrate_success"]
     pages = (ctypes.c_void_p * MOVED)(*(address_of(area, page) for page in range(MOVED)))
     status = (ctypes.c_int * MOVED)()
@@ -305,9 +345,13 @@ def swap(out: Path) -> dict[str, Any]:
     if child == 0:
         (group / "cgroup.procs").write_text(str(os.getpid()))
         area = make_area(SWAPPED, lambda page: 9000 + page % CONTENTS)
-        passes(3)
-        (group / "memory.high").write_text("0")
-        (group / "memory.high").write_text("max")
+        merge(SWAPPED)
+        deadline = time.monotonic() + PATIENCE_S
+        # Reclaim passes a page over that has been referenced since it last came by.
+        while left := SWAPPED - swapped_out(area):
+            assert time.monotonic() < deadline, f"{left} pages are still there in {PATIENCE_S} s"
+            (group / "memory.high").write_text("0")
+            (group / "memory.high").write_text("max")
         before = read_counters().get("ksm_swpin_copy", 0)
         for page in range(SWAPPED):
             assert area[page * PAGE + PAGE - 1] == 0
@@ -320,6 +364,14 @@ def swap(out: Path) -> dict[str, Any]:
     assert os.waitpid(child, 0)[1] == 0
     passes(1)
     return {"pid": child, **said}
+
+
+def swapped_out(area: mmap.mmap) -> int:
+    """Count the pages that are in swap (bit 62 of their entries in /proc/self/pagemap)."""
+    number = len(area) // PAGE
+    with Path("/proc/self/pagemap").open("rb") as file:
+        entries = os.pread(file.fileno(), 8 * number, address_of(area) // PAGE * 8)
+    return sum(entry >> 62 & 1 for entry in struct.unpack(f"{number}Q", entries))
 
 
 def split(out: Path) -> dict[str, Any]:
@@ -356,7 +408,8 @@ def map_huge(number: int) -> tuple[mmap.mmap, int]:
     Where memory is in pieces the kernel gives small pages: then it is put together, and once more.
     """
     wanted = f"AnonHugePages: {number * HUGE // 1024:9} kB"
-    for _ in range(7):
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
         for knob_name in ("drop_caches", "compact_memory"):
             Path("/proc/sys/vm", knob_name).write_text("1")
         area = mmap.mmap(-1, (number + 1) * HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -367,31 +420,29 @@ def map_huge(number: int) -> tuple[mmap.mmap, int]:
         if wanted in Path("/proc/self/smaps").read_text():
             return area, start
         area.close()
-    raise AssertionError(f"the kernel gave no {number} huge pages, in 7 tries")
+    raise AssertionError(f"the kernel gave no {number} huge pages, in {PATIENCE_S} s")
 
 
 def read_witnesses(out: Path) -> None:
-    """Ask the recorder, and wait until what it has read is in the file."""
-    recording = out / "costs.ksmt"
-    if not recording.exists():
-        return
-    before = recording.stat().st_size
+    """Ask the recorder, and wait until it says that what it has read is in the file."""
+    said = out / "costs.err"
+    before = said.read_text().count(READ)
     os.kill(os.getppid(), signal.SIGUSR1)
-    size, since = before, time.monotonic()
-    while size == before or time.monotonic() < since + 3:
-        time.sleep(0.2)
-        if recording.stat().st_size != size:
-            size, since = recording.stat().st_size, time.monotonic()
+    deadline = time.monotonic() + PATIENCE_S
+    while said.read_text().count(READ) == before:
+        assert time.monotonic() < deadline, f"nothing was read in {PATIENCE_S} s"
+        time.sleep(0.1)
 
 
 def stop(out: Path) -> dict[str, Any]:
     """Write 2 to run, and interrupt the writer when some pages have been unmerged."""
     area = make_area(STOPPED, lambda page: 11_000 + page % CONTENTS)
-    passes(3)
+    merge(STOPPED)
     before = unmerged_so_far(area)
-    writer = subprocess.Popen(["sh", "-c", f"echo 2 >{KSM}/run"])
+    # So that this process always comes in between.
+    writer = subprocess.Popen(["nice", "-n", "19", "sh", "-c", f"echo 2 >{KSM}/run"])
     while unmerged_so_far(area) < before + 100 and writer.poll() is None:
-        pass
+        time.sleep(0.001)
     writer.send_signal(signal.SIGINT)
     writer.wait()
     middle = unmerged_so_far(area)

@@ -64,9 +64,9 @@ def write(out: Path, address: int, before: bytes, after: bytes) -> None:
     content = {"address": address, "before": before.hex(), "after": after.hex()}
     (out / "asking").write_text(json.dumps(content))
     (out / "asking").rename(out / "asked")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not done.exists():
-        assert time.monotonic() < deadline, "the host did not answer"
+        assert time.monotonic() < deadline, "the host did not answer in 300 s"
         time.sleep(0.1)
 
 

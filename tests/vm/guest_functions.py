@@ -21,6 +21,8 @@ from pathlib import Path
 KSM = Path("/sys/kernel/mm/ksm")
 TRACING = Path("/sys/kernel/tracing")
 PAGE = mmap.PAGESIZE
+# For each wait; a guest ends after conftest.py:LONGEST_S whatever happens.
+PATIENCE_S = 400
 
 RECORDERS = {
     "best": [],
@@ -53,20 +55,23 @@ def main(out: Path, recorders: list[str]) -> None:
     instance.mkdir()
     found = instance / "events/ksm_witness/found"
     if found.exists():
-        (instance / "buffer_size_kb").write_text("4096")
+        (instance / "buffer_size_kb").write_text("16384")
         (found / "filter").write_text("ret == 1")
     for name in witnessed:
         (TRACING / "events/ksm_witness" / name / "enable").write_text("1")
     if found.exists():
         (found / "enable").write_text("1")
 
-    command = [sys.executable, __file__, "work"]
+    command = [sys.executable, __file__, "work", str(out)]
     for name in recorders:
         record = [str(Path(sys.executable).with_name("ksmtrace")), "record", "--every-page"]
         command = [*record, *RECORDERS[name], "-o", str(out / f"{name}.ksmt"), "--", *command]
     before = {name: hits(name) for name in witnessed}
     sysfs_before = read_sysfs()
     subprocess.run(command, check=True)
+    # `ksmtrace record` ends with 0 whatever its command did.
+    if not (out / "worked").exists():
+        sys.exit("what was recorded has failed, as it says above")
     witness = {
         "calls": {name: hits(name) - before[name] for name in witnessed},
         "pages_found": entries(instance) if found.exists() else None,
@@ -102,9 +107,9 @@ def set_knob(name: str, value: int) -> None:
 
 def passes(number: int) -> None:
     wanted = int((KSM / "full_scans").read_text()) + number
-    deadline = time.monotonic() + 120
-    while int((KSM / "full_scans").read_text()) < wanted:
-        assert time.monotonic() < deadline, "ksmd is too slow"
+    deadline = time.monotonic() + PATIENCE_S
+    while (done := int((KSM / "full_scans").read_text())) < wanted:
+        assert time.monotonic() < deadline, f"in {PATIENCE_S} s full_scans is {done} of {wanted}"
         time.sleep(0.05)
 
 
@@ -112,7 +117,7 @@ def fill(area: mmap.mmap, page: int, content: int) -> None:
     area[page * PAGE : page * PAGE + 8] = (content + 1).to_bytes(8, "little")
 
 
-def work() -> None:
+def work(out: Path) -> None:
     area = mmap.mmap(-1, MERGEABLE * PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     area.madvise(mmap.MADV_MERGEABLE)
     for page in range(MERGEABLE):
@@ -149,6 +154,7 @@ def work() -> None:
     passes(2)
     set_knob("run", 2)
     set_knob("run", 0)
+    (out / "worked").touch()
 
 
 def move_pages(area: mmap.mmap, number: int) -> None:
@@ -162,16 +168,19 @@ def move_pages(area: mmap.mmap, number: int) -> None:
     move_all, syscall_number = 4, 279
     assert libc.syscall(syscall_number, 0, number, pages, None, status, 0) == 0
     targets = (ctypes.c_int * number)(*(1 - node for node in status))
-    for _ in range(20):  # ksmd may hold a page for a moment
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
         result = libc.syscall(syscall_number, 0, number, pages, targets, status, move_all)
         if result == 0 and list(status) == list(targets):
             return
+        # ksmd may hold a page for a moment.
+        why = f"in {PATIENCE_S} s move_pages: {result}, errno {ctypes.get_errno()}, {list(status)}"
+        assert time.monotonic() < deadline, why
         time.sleep(0.1)
-    raise AssertionError(f"move_pages: {result}, errno {ctypes.get_errno()}, {list(status)}")
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "work":
-        work()
+        work(Path(sys.argv[2]))
     else:
         main(Path(sys.argv[1]), sys.argv[2:])

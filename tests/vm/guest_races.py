@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ CGROUP = Path("/sys/fs/cgroup")
 PAGE = mmap.PAGESIZE
 PR_SET_NAME, MPOL_MF_MOVE_ALL, MOVE_PAGES, MADV_UNMERGEABLE = 15, 4, 279, 13
 MADV_POPULATE_READ = 22
-PATIENCE_S = 90
+# For each scenario; a guest ends after conftest.py:LONGEST_S whatever happens.
+PATIENCE_S = 300
 # Our own events of some may be missing, so that once is not enough.
 ENOUGH = 5
 
@@ -86,7 +88,7 @@ def main(out: Path) -> None:
             print(text.format(f"races/{name}"), file=file, flush=True)
     TRACE.mkdir()
     (TRACE / "trace_clock").write_text("mono")
-    (TRACE / "buffer_size_kb").write_text("8192")
+    (TRACE / "buffer_size_kb").write_text("32768")
     (TRACE / "options/hash-ptr").write_text("0")
     histogram("races/looked_up", f"hist:keys=result if result == {EBUSY}")
     for name in ("migrated", "waited_for_page"):
@@ -107,6 +109,9 @@ def main(out: Path) -> None:
     command += [str(mmap_lock), str(symbols["ksm_thread_mutex"]), str(rwsem)]
     before = read_kernel_counts(mmap_lock)
     status = subprocess.run(command).returncode
+    # `ksmtrace record` ends with 0 whatever its command did.
+    if not (out / "work.json").exists():
+        sys.exit(status or "what was recorded has failed, as it says above")
     witness = json.loads((out / "work.json").read_text())
     witness["kernel"] = read_kernel_counts(mmap_lock)
     witness["before"] = before
@@ -247,8 +252,8 @@ def knob(name: str) -> int:
 def passes(number: int) -> None:
     wanted = knob("full_scans") + number
     deadline = time.monotonic() + PATIENCE_S
-    while knob("full_scans") < wanted:
-        assert time.monotonic() < deadline, "ksmd is too slow"
+    while (done := knob("full_scans")) < wanted:
+        assert time.monotonic() < deadline, f"in {PATIENCE_S} s full_scans is {done} of {wanted}"
         time.sleep(0.02)
 
 
@@ -285,12 +290,15 @@ def run_apart(name: str, scenario: Callable[[], dict[str, Any]]) -> dict[str, An
         try:
             os.write(tell, json.dumps(scenario()).encode())
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     os.close(tell)
     with os.fdopen(told) as answer:
-        said = json.loads(answer.read())
-    assert os.waitpid(child, 0)[1] == 0, name
+        text = answer.read()
+    assert os.waitpid(child, 0)[1] == 0, f"{name} has failed, as it says above"
+    said = json.loads(text)
     found = {"pid": child, "begin_ns": begin_ns, "end_ns": time.monotonic_ns(), **said}
     seconds = (found["end_ns"] - begin_ns) / 1e9
     print(f"{name}: {seconds:.1f} s, {said}", file=sys.stderr, flush=True)
@@ -553,13 +561,13 @@ def idle() -> dict[str, Any]:
     ksmd = next(
         p.parent for p in Path("/proc").glob("[0-9]*/comm") if p.read_text() == "ksmd\n"
     )  # fmt: skip
-    passes_before = -1
+    before_ns = -1
     deadline = time.monotonic() + PATIENCE_S
     # What has just ended may be scanned until its slot is gone.
-    while passes_before != (passes_before := knob("full_scans")):
-        assert time.monotonic() < deadline, "ksmd does not stop"
-        time.sleep(0.5)
-    before_ns = int((ksmd / "schedstat").read_text().split()[0])
+    while before_ns != (before_ns := int((ksmd / "schedstat").read_text().split()[0])):
+        assert time.monotonic() < deadline, f"ksmd is at work for {PATIENCE_S} s"
+        time.sleep(1)
+    passes_before = knob("full_scans")
     time.sleep(IDLE_S)
     spent_ns = int((ksmd / "schedstat").read_text().split()[0]) - before_ns
     return {"ksmd_cpu_ns": spent_ns, "passes": knob("full_scans") - passes_before}

@@ -20,16 +20,21 @@ PROGRAM = Path(__file__).with_name("guest_busy.py")
 HELD = {"C103.kpfn", "I10", "I14", "I14.order", "I4"}
 
 
-def test_no_event_tells_of_the_time_before_all_programs_were_attached(kernel_of, tmp_path):
+def test_no_event_tells_of_the_time_before_all_programs_were_attached(
+    kernel_of, well_ended, tmp_path
+):
     path = tmp_path / "busy.ksmt"
     result = run_in_vm(
         [sys.executable, str(PROGRAM), str(path)],
         kernel_of("6.12"),
         VmOptions(writable=[tmp_path]),
         capture=True,
+        timeout_s=1100,
     )
-    assert result.exit_status == 0, result.stderr
+    well_ended(result)
     recorded = gather(RecordingReader(path))
+    assert recorded.trailer is not None
+    assert recorded.trailer.command_exit_status == 0, result.stderr
     assert recorded.count("cmp_and_merge_page") > 0
     judged = judge_all(CLAIMS, Case(recorded))
     assert [judgement for judgement in judged if judgement.is_fault] == []

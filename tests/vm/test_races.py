@@ -26,7 +26,7 @@ KERNELS = ("6.1", "7.x")
 PROVOKED = ("R1", "R8", "R10", "R11", "R14", "R15", "R17", "R19", "R20", "R25")
 ENOMEM, ERESTARTSYS = -12, -512
 # As in guest_races.py.
-ENOUGH, PATIENCE_S = 5, 90
+ENOUGH, PATIENCE_S = 5, 300
 
 
 @dataclass(eq=False)

@@ -24,14 +24,15 @@ SEEN_IN_GUESTS = {
 FAULTS = {"6.1": {"C04", "Q5", "C64"}, "6.12": set(), "7.x": set()}
 
 
+# Longer than `ksmtrace selftest` gives a guest: what it says of that is worth more.
+@pytest.mark.timeout(2000)
 @pytest.mark.parametrize("series", FAULTS)
 def test_a_guest_kernel_is_judged(series, kernel_of):
-    kernel_of(series)
+    kernel = kernel_of(series)
     done = subprocess.run(
-        [*KSMTRACE, "selftest", "--kernel", series, "--json"],
+        [*KSMTRACE, "selftest", "--kernel", kernel.release, "--timeout", "300", "--json"],
         stdout=subprocess.PIPE,
         text=True,
-        timeout=1800,
     )
     (outcome,) = json.loads(done.stdout)["kernels"]
     assert "claims" in outcome, outcome

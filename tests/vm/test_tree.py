@@ -78,8 +78,6 @@ def test_the_reconstruction_is_what_the_kernel_holds(series, kernel_of, tmp_path
     chains = by_name["chains"][1].memory.counters
     assert chains["ksm_stable_node_chains"] == 13
     assert chains["ksm_pages_shared"] == 13 * 5
-    for entry, _, _ in found:
-        assert entry.get("passes_meanwhile", 0) == 0, "no child exited during a pass"
     if "swap" in by_name:
         swap, _ = by_name["swap"]
         assert swap["pswpout"] >= swap["ksm_pages_out"] > 7, swap
@@ -137,12 +135,13 @@ def record(
         kernel,
         replace(options, writable=[path.parent]),
         capture=True,
-        timeout_s=900 + 2 * float(os.environ.get("CHURN_S", "20")),
+        timeout_s=1100 + 2 * float(os.environ.get("CHURN_S", "20")),
     )
-    assert result.exit_status == 0, result.stderr
+    said = (result.stderr or b"").decode(errors="replace") + result.console
+    assert result.exit_status == 0, f"{result.outcome.value}, {result.exit_status}:\n{said}"
     items = list(RecordingReader(path))
     assert isinstance(items[-1], Trailer)
-    assert items[-1].command_exit_status == 0, result.stderr
+    assert items[-1].command_exit_status == 0, said
 
     told = json.loads(path.with_suffix(".json").read_text())
     entries = [entry for entry in told for _ in range(entry.get("readings", 0) + 1)]

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -57,7 +56,9 @@ for n in (10, 64, 1009):
 """
 
 
-def test_ksmtrace_records_in_a_guest_and_numpy_sorts_there(kernel_of, tmp_path: Path) -> None:
+def test_ksmtrace_records_in_a_guest_and_numpy_sorts_there(
+    kernel_of, well_ended, tmp_path: Path
+) -> None:
     kernel = kernel_of("6.12")
     recording = tmp_path / "x.ksmt"
     program = str(Path(sys.executable).with_name("ksmtrace"))
@@ -67,9 +68,9 @@ def test_ksmtrace_records_in_a_guest_and_numpy_sorts_there(kernel_of, tmp_path: 
         kernel,
         VmOptions(writable=[tmp_path]),
         capture=True,
-        timeout_s=150,
+        timeout_s=1100,
     )
-    assert result.exit_status == 0, result.stderr
+    well_ended(result)
     assert b'"lost": 0' in (result.stdout or b"")
     assert recording.stat().st_size > 0
 
@@ -93,7 +94,7 @@ def guests_of(parent: int) -> list[str]:
 def test_ctrl_c_and_time_out_reach_the_command(kernel_of, tmp_path: Path) -> None:
     kernel_of("6.12")
     program = str(Path(sys.executable).with_name("ksmtrace"))
-    script = "trap 'echo interrupted; exit 7' INT; echo ready; sleep 600 & wait"
+    script = "trap 'echo interrupted; exit 7' INT; echo ready; sleep 6000 & wait"
     with subprocess.Popen(
         [program, "vm", "run", "-k", "6.12", "--", "sh", "-c", script],
         stdout=subprocess.PIPE,
@@ -107,9 +108,6 @@ def test_ctrl_c_and_time_out_reach_the_command(kernel_of, tmp_path: Path) -> Non
         assert running.stdout.read() == "interrupted\n"
     assert running.returncode == 130
 
-    started_s = time.monotonic()
-    done = subprocess.run(
-        [program, "vm", "run", "-k", "6.12", "-t", "1", "--", "sleep", "600"], timeout=170
-    )
+    # Longer than pytest allows: it ends because it is ended.
+    done = subprocess.run([program, "vm", "run", "-k", "6.12", "-t", "1", "--", "sleep", "6000"])
     assert done.returncode == 124
-    assert time.monotonic() - started_s < 160
