@@ -666,10 +666,13 @@ int on_ksm_scan_rmap_list(void *ctx)
 		return 0;
 	list = read_u64(KSM_SCAN_ADDRESS + KSM_SCAN_RMAP_LIST);
 	slot = read_u64(KSM_SCAN_ADDRESS + KSM_SCAN_MM_SLOT);
-	if (list == slot + MM_SLOT_RMAP_LIST)
+	if (list == slot + MM_SLOT_RMAP_LIST) {
 		end_visit(at);
-	else
-		begin_visit(at, list - RMAP_ITEM_RMAP_LIST, at->found_page);
+		return 0;
+	}
+	begin_visit(at, list - RMAP_ITEM_RMAP_LIST, at->found_page);
+	/* A new rmap_item is all 0, and compilers fill it before this write or after it. */
+	at->mm = read_u64(slot + MM_SLOT_MM);
 	return 0;
 }
 #endif

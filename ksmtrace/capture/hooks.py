@@ -240,7 +240,8 @@ _VISITED = ("cmp_and_merge_page",)
 _CURSOR = "ksm_scan.rmap_list"
 _CURSOR_DEFINES = (
     *("KSMD_PID", "KSM_SCAN_ADDRESS", "KSM_SCAN_RMAP_LIST", "KSM_SCAN_MM_SLOT"),
-    *("MM_SLOT_RMAP_LIST", "RMAP_ITEM_RMAP_LIST", "RMAP_ITEM_MM", "RMAP_ITEM_ADDRESS"),
+    *("MM_SLOT_MM", "MM_SLOT_RMAP_LIST", "RMAP_ITEM_RMAP_LIST"),
+    *("RMAP_ITEM_MM", "RMAP_ITEM_ADDRESS"),
 )
 _WATCHPOINT_ASKED = (
     "`record --every-page` sees it by a hardware watchpoint, which makes ksmd take about three "

@@ -52,6 +52,7 @@ OFFSET_DEFINES = {
     "KSM_SCAN_SEQNR": "ksm_scan.seqnr",
     "KSM_SCAN_MM_SLOT": "ksm_scan.mm_slot",
     "KSM_SCAN_RMAP_LIST": "ksm_scan.rmap_list",
+    "MM_SLOT_MM": "ksm_mm_slot.slot.mm",
     "MM_SLOT_RMAP_LIST": "ksm_mm_slot.rmap_list",
     "VMA_MM": "vm_area_struct.vm_mm",
     "PAGE_MAPPING": "page.mapping",

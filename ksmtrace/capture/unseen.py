@@ -79,7 +79,7 @@ GAPS = (
         "pages_volatile, which also holds first visits, skipped pages and failed merges",
         ("cmp_and_merge_page",),
         ("pages_volatile",),
-        shown_by=("page_outcomes",),
+        shown_by=("page_outcomes", "cmp_and_merge_page"),
     ),
     Gap(
         "which pages smart scan skipped",
@@ -87,7 +87,7 @@ GAPS = (
         "pages_skipped is their exact number",
         ("should_skip_rmap_item", "ksm_next_page_pmd_entry"),
         ("pages_skipped",),
-        shown_by=("page_outcomes",),
+        shown_by=("page_outcomes", "should_skip_rmap_item"),
     ),
     Gap(
         "why a merge failed (page locked, pinned, changed, no longer there)",

@@ -37,6 +37,7 @@ OFFSETS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "ksm_scan.seqnr": (("ksm_scan",), "seqnr"),
     "ksm_scan.mm_slot": (("ksm_scan",), "mm_slot"),
     "ksm_scan.rmap_list": (("ksm_scan",), "rmap_list"),
+    "ksm_mm_slot.slot.mm": (("ksm_mm_slot",), "slot.mm"),
     "ksm_mm_slot.rmap_list": (("ksm_mm_slot",), "rmap_list"),
     "vm_area_struct.vm_mm": (("vm_area_struct",), "vm_mm"),
     # At the same place in both (include/linux/mm_types.h:FOLIO_MATCH); page is to lose it.
