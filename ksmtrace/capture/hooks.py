@@ -489,6 +489,7 @@ HOOKS: Mapping[str, tuple[Hook, ...]] = {
         Hook(
             WATCHPOINT,
             defines=("RMAP_ITEM_AGE", "RMAP_ITEM_REMAINING_SKIPS"),
+            kinds=("cmp_and_merge_page",),
             watches=_CURSOR,
             builds_on=("VISITS_WATCHED",),
             every_page=_WATCHPOINT_ASKED,

@@ -315,7 +315,7 @@ class _Ladder:
                         return self._by_hook(kind, hook)
                     except _Obstacle as obstacle:
                         # What a hook builds on is absent for the reasons that follow.
-                        if not hook.kinds:
+                        if not hook.kinds or hook.every_page:
                             obstacles.append(str(obstacle))
             # Every other hook needs one of the two: nothing else would explain more.
             return EventPlan(
@@ -377,14 +377,14 @@ class _Ladder:
             raise _Obstacle(refusal)
         if hook.every_page and not self._every_page:
             raise _Obstacle(hook.every_page)
-        if not set(hook.builds_on) <= set(self.switches):
-            raise _Obstacle("what it builds on is caught otherwise, or absent")
         lacking = [define for define in hook.defines if define not in self._defines]
         if lacking:
             raise _Obstacle(_why_undefined(lacking, self._facts))
         uncaught = [name for name in hook.kinds if name not in self._caught]
         if uncaught:
             raise _Obstacle(f"it builds on {' and '.join(uncaught)}, which is absent")
+        if not set(hook.builds_on) <= set(self.switches):
+            raise _Obstacle("it builds on a watchpoint that is not taken")
         for name, arguments in hook.tracepoints.items():
             obstacle = _obstacle(name, name, arguments, self._facts)
             if obstacle is not None:

@@ -28,6 +28,10 @@ RECORDERS = {
     "best": [],
     "fentry": ["--without", "tracepoint", "--without", "inlined site"],
     "kprobe": ["--without", "tracepoint", "--without", "fentry"],
+    "watchpoint": [
+        *("--without", "fentry", "--without", "kprobe"),
+        *("--without", "inlined site", "--without", "derived"),
+    ],
 }
 
 WITNESSED = (
