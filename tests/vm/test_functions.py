@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ksmtrace.analysis.outcomes import find_page_outcomes
 from ksmtrace.analysis.recorded import Recorded, gather, has_flag
 from ksmtrace.events import EventFlag, Events, SearchOutcome, of_kind
 from ksmtrace.recording.reader import RecordingReader
@@ -26,11 +27,17 @@ guest = SimpleNamespace(**runpy.run_path(str(PROGRAM)))
 RECORDERS = {
     "5.10": ("best",),
     "6.1": ("best", "fentry"),
-    "6.12": ("best", "watchpoint"),
+    "6.12": ("best", "no recipe", "watchpoint"),
     "7.x": ("best", "fentry", "kprobe"),
 }
 WATCHPOINT = "watchpoint"  # tells of visits, and of nothing else
-PAIRS = [(s, name) for s, names in RECORDERS.items() for name in names if name != WATCHPOINT]
+NO_RECIPE = "no recipe"  # the same, and programs on functions
+PAIRS = [
+    (series, name)
+    for series, names in RECORDERS.items()
+    for name in names
+    if name not in (WATCHPOINT, NO_RECIPE)
+]
 WATCHED = [series for series, names in RECORDERS.items() if WATCHPOINT in names]
 DERIVED_PAIRS = [(series, name) for series, name in PAIRS if name == "fentry"]
 
@@ -266,6 +273,32 @@ def test_watchpoint_and_site_agree(series: str, run: Run) -> None:
     assert len(seen) == sysfs["pages_skipped"] == last(watched).counted["smart_scan_skips"] > 0
     for field in ("rmap_item", "mm", "pid", "age", "remaining_skips"):
         assert np.array_equal(skips[field], seen[field]), field
+
+
+@pytest.mark.parametrize("series", WATCHED)
+def test_what_builds_on_watched_visits_is_as_with_a_site(series: str, run: Run) -> None:
+    best, watched = run.recorded["best"], run.recorded[NO_RECIPE]
+    assert rungs(watched)["cmp_and_merge_page"] == WATCHPOINT
+    assert rungs(watched)["should_skip_rmap_item"] == WATCHPOINT
+    assert rungs(watched)["stable_tree_search"] == rungs(watched)["page_outcomes"] == "derived"
+
+    pages = [places(of_kind(r.events, "cmp_and_merge_page")) for r in (best, watched)]
+    nr_pages = len(pages[1]) - 1
+    assert nr_pages > 1000
+    assert pages[0][:nr_pages] == pages[1][:nr_pages]
+    searches = of_kind(best.events, "stable_tree_search")
+    empty = (searches["nodes"] == 0) & (searches["outcome"] == SearchOutcome.NONE)
+    both = [searched(searches[~empty]), searched(of_kind(watched.events, "stable_tree_search"))]
+    nr_searches = min(map(len, both))
+    assert abs(len(both[0]) - len(both[1])) <= 1
+    assert both[0][:nr_searches] == both[1][:nr_searches]
+    outcomes = [find_page_outcomes(r) for r in (best, watched)]
+    assert outcomes[0] is not None and outcomes[1] is not None
+    # A last visit that the site does not see the end of.
+    changed = {
+        name: outcomes[1].total.get(name, 0) - count for name, count in outcomes[0].total.items()
+    }
+    assert sum(map(abs, changed.values())) <= 1, changed
 
 
 def places(events: Events) -> list[tuple[int, ...]]:
