@@ -244,7 +244,7 @@ _CURSOR_DEFINES = (
     *("RMAP_ITEM_MM", "RMAP_ITEM_ADDRESS"),
 )
 _WATCHPOINT_ASKED = (
-    "`record --every-page` sees it by a hardware watchpoint, which makes ksmd take about three "
+    "`record --every-page` sees it by a hardware watchpoint, which makes ksmd take about five "
     "times as long per page"
 )
 _PAGE_STATE = ("PAGE_FLAGS", "PAGE_REFCOUNT", "PAGE_MAPCOUNT", "PAGE_LRU")
@@ -339,7 +339,7 @@ HOOKS: Mapping[str, tuple[Hook, ...]] = {
             page_functions=("ksm_next_page_pmd_entry",),
             how="where the compiler has inlined it",
         ),
-        # Measured with 6.18: 15 us of ksmd's per page instead of 4.6.
+        # Measured on 6.18 (docs/performance.md): a debug exception takes about 11 us.
         Hook(
             WATCHPOINT,
             defines=_CURSOR_DEFINES,

@@ -215,7 +215,9 @@ def _unseen_events(facts: Facts, events: tuple[EventPlan, ...]) -> list[tuple[st
     by_reason: dict[tuple[str, str], list[str]] = {}
     tried = (facts.loading or {}).get(WATCHPOINT)
     watchpoints = tried is not None and tried.works
-    askable = {name for name, hooks in HOOKS.items() if any(h.watches for h in hooks) and watchpoints}
+    askable = {
+        name for name, hooks in HOOKS.items() if any(h.watches for h in hooks) and watchpoints
+    }
     for event in events:
         if event.rung == ABSENT:
             changes = []
@@ -273,6 +275,9 @@ def _change_for_field(
         if hook.rung == DERIVED
     ):
         return "a recipe for this build (`ksmtrace sites resolve VMLINUX`)"
+    watched = {event.event for event in events if event.rung == WATCHPOINT}
+    if field == "pfn" and watched.issuperset(names):
+        return "a kernel with fentry or kprobes"
     if field in ("pfn", "new_pfn") and "VMEMMAP_BASE_ADDRESS" not in defines:
         return "root (CAP_SYSLOG), on a kernel with CONFIG_KALLSYMS_ALL=y"
     return "a kernel with BTF (CONFIG_DEBUG_INFO_BTF=y) that has these members"

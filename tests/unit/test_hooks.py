@@ -62,7 +62,7 @@ def test_a_hook_names_only_what_there_is(name, hook):
     assert hook.rung in (TRACEPOINT, FENTRY, SITE, WATCHPOINT, DERIVED)
     assert hook.functions or hook.sites or hook.tracepoints or hook.watches
     assert bool(hook.watches) is (hook.rung == WATCHPOINT)
-    assert not hook.watches or hook.every_page and hook.watches in planning.WATCHED
+    assert not hook.watches or (hook.every_page and hook.watches in planning.WATCHED)
     assert {*hook.builds_on} <= OFFERED
     assert not (hook.functions or hook.sites) or hook.rung != TRACEPOINT
     assert bool(hook.sites) is (hook.rung == SITE)

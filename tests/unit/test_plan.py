@@ -40,7 +40,7 @@ OF_FUNCTIONS = [
 INLINED = ("cmp_and_merge_page", "stable_tree_search")
 WATCHED = ("cmp_and_merge_page", "should_skip_rmap_item")
 ASKED = (
-    "`record --every-page` sees it by a hardware watchpoint, which makes ksmd take about three "
+    "`record --every-page` sees it by a hardware watchpoint, which makes ksmd take about five "
     "times as long per page; "
 )
 

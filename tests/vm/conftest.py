@@ -86,14 +86,14 @@ def kernel_of() -> Callable[[str], Kernel]:
 
 @pytest.fixture(scope="session")
 def in_guest(tmp_path_factory) -> Callable[..., Path]:
-    """Run a program in a guest, once for all tests of it; returns the folder that it wrote to.
+    """Run a program in a guest, once per arguments for all tests; returns the folder it wrote to.
 
     The program gets the folder's name, and further arguments after it.
     """
-    ended: dict[tuple[str, Path], tuple[Path, VmResult | LostVM]] = {}
+    ended: dict[tuple[str, Path, tuple[str, ...]], tuple[Path, VmResult | LostVM]] = {}
 
     def run(series: str, program: Path, options: VmOptions, *arguments: str) -> Path:
-        if (series, program) not in ended:
+        if (series, program, arguments) not in ended:
             kernel = find_or_skip(series)
             out = tmp_path_factory.mktemp(series)
             command = [sys.executable, str(program), str(out), *arguments]
@@ -103,8 +103,8 @@ def in_guest(tmp_path_factory) -> Callable[..., Path]:
                 result = run_in_vm(command, kernel, writable, capture=True, timeout_s=LONGEST_S)
             except LostVM as error:
                 result = error
-            ended[series, program] = out, result
-        out, result = ended[series, program]
+            ended[series, program, arguments] = out, result
+        out, result = ended[series, program, arguments]
         if isinstance(result, LostVM):
             raise result
         assert_well_ended(result)
