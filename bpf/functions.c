@@ -12,6 +12,7 @@
  *   EMIT_KIND               events of that kind come from here, and not from a tracepoint
  *   EVERY_PAGE              stream what happens for every page, too
  *   VISITS_DERIVED          no program on cmp_and_merge_page: see leave_ksm_next_page_pmd_entry
+ *   VISITS_WATCHED          the same, but a watchpoint: see on_ksm_scan_rmap_list
  *   SEARCHES_DERIVED        no program on stable_tree_search: see leave_get_ksm_page
  *   NARGS_break_ksm         its number of arguments: 4 where it takes a range
  *   STRUCT_PAGE_BYTES, VMEMMAP_BASE_ADDRESS
@@ -85,6 +86,7 @@ struct under_way {
 	u32 looking;
 	u32 flags_before;
 	u32 oldchecksum;
+	u8 remaining_skips;
 	/* what was seen of its merging */
 	u32 tried;
 	u32 appended;
@@ -114,6 +116,8 @@ struct under_way {
 	u32 scanning;
 	u64 seq;
 	u64 skipped;
+	/* how often the watchpoint was */
+	u64 reached;
 };
 BPF_ARRAY(under_way, struct under_way, 1);
 
@@ -325,6 +329,10 @@ static __always_inline void know_rmap_item(struct under_way *at, u64 rmap_item)
 			      (void *)(rmap_item + RMAP_ITEM_OLDCHECKSUM));
 #endif
 #endif
+#if defined(VISITS_WATCHED) && defined(RMAP_ITEM_REMAINING_SKIPS)
+	bpf_probe_read_kernel(&at->remaining_skips, 1,
+			      (void *)(rmap_item + RMAP_ITEM_REMAINING_SKIPS));
+#endif
 }
 
 #ifdef EMIT_PAGE_OUTCOMES
@@ -444,6 +452,43 @@ static __always_inline u32 outcome_of_visit(struct under_way *at)
 }
 #endif
 
+/* As should_skip_rmap_item has left it. */
+static __always_inline void emit_skip(u64 rmap_item, u64 mm, u64 at_ns)
+{
+#if defined(EVERY_PAGE) && defined(EMIT_SHOULD_SKIP_RMAP_ITEM)
+	struct ksm_event *event = begin(SHOULD_SKIP_RMAP_ITEM);
+
+	if (!event)
+		return;
+	event->ts_ns = at_ns;
+	add_place(event, rmap_item, mm, 0);
+	bpf_probe_read_kernel(&event->age, 1, (void *)(rmap_item + RMAP_ITEM_AGE));
+	bpf_probe_read_kernel(&event->remaining_skips, 1,
+			      (void *)(rmap_item + RMAP_ITEM_REMAINING_SKIPS));
+	ring.ringbuf_submit(event, RB_NO_WAKEUP);
+#endif
+}
+
+#ifdef VISITS_WATCHED
+/*
+ * Nothing but should_skip_rmap_item writes to remaining_skips: it makes it one less where it skips
+ * the page, and more where it ends a skipping (mm/ksm.c). Kernels without smart scan have none.
+ */
+static __always_inline bool was_skipped(struct under_way *at)
+{
+#ifdef RMAP_ITEM_REMAINING_SKIPS
+	u8 remaining_skips = 0;
+
+	bpf_probe_read_kernel(&remaining_skips, 1,
+			      (void *)(at->rmap_item + RMAP_ITEM_REMAINING_SKIPS));
+	return at->remaining_skips && remaining_skips == at->remaining_skips - 1 &&
+	       mm_of_rmap_item(at->rmap_item) == at->mm;
+#else
+	return false;
+#endif
+}
+#endif
+
 /* What became of the page is known when ksmd goes on. */
 static __always_inline void end_visit(struct under_way *at)
 {
@@ -452,6 +497,18 @@ static __always_inline void end_visit(struct under_way *at)
 	if (!at->looking)
 		return;
 	at->looking = 0;
+#ifdef VISITS_WATCHED
+	if (was_skipped(at)) {
+		count(COUNT_SKIPS, 1);
+		emit_skip(at->rmap_item, at->mm, at->begun_ns);
+#ifdef EMIT_PAGE_OUTCOMES
+		count_page(at->mm, at->begun_ns, PAGE_SKIPPED);
+#endif
+		return;
+	}
+	count(COUNT_VISITS, 1);
+	count_passage(FUNCTION_cmp_and_merge_page, ENTERED);
+#endif
 	if (at->last_begun_ns)
 		count_slot(HISTOGRAM_VISIT_INTERVAL_NS, at->begun_ns - at->last_begun_ns);
 	at->last_begun_ns = at->begun_ns;
@@ -513,7 +570,7 @@ static __always_inline void pause_visits(struct under_way *at)
 #endif
 }
 
-#ifdef EMIT_PAGE_OUTCOMES
+#if defined(EMIT_PAGE_OUTCOMES) || defined(VISITS_WATCHED)
 static __always_inline void pass_ends(void)
 {
 	struct under_way *at = now_under_way();
@@ -528,7 +585,9 @@ static __always_inline void begin_visit(struct under_way *at, u64 rmap_item, u64
 	u64 now_ns = bpf_ktime_get_ns();
 
 	end_visit(at);
+#ifndef VISITS_WATCHED
 	count(COUNT_VISITS, 1);
+#endif
 #if defined(KSM_PAGES_SKIPPED_ADDRESS) && (defined(VISITS_DERIVED) || defined(EMIT_PAGE_OUTCOMES))
 	at->skipped = read_u64(KSM_PAGES_SKIPPED_ADDRESS);
 #endif
@@ -560,6 +619,63 @@ static __always_inline u64 enter_cmp_and_merge_page(u64 *args)
 	begin_visit(at, args[1], args[0] ? args[0] : at->found_page);
 	return 0;
 }
+
+#ifdef VISITS_WATCHED
+BPF_MAPPED_ARRAY(watched, u64, 1);
+
+/*
+ * True where this program was run for each write since the last. The kernel leaves it out on a CPU
+ * whose lost task is in the middle of bpf(2) (kernel/events/core.c:__perf_event_overflow and
+ * kernel/bpf/syscall.c, bpf_prog_active), but counts the write.
+ */
+static __always_inline bool saw_last_write(void *ctx, struct under_way *at)
+{
+	struct {
+		u64 counter;
+		u64 enabled_ns;
+		u64 running_ns;
+	} reached = {};
+	int key = 0;
+	u64 *times = watched.lookup(&key);
+	u64 before = at->reached;
+
+	if (!times || bpf_perf_prog_read_value(ctx, (void *)&reached, sizeof(reached)))
+		return false;
+	*times += 1;
+	at->reached = reached.counter;
+	return reached.counter == before + 1;
+}
+
+/*
+ * ksmd, right behind a write to ksm_scan.rmap_list, where scan_get_next_rmap_item holds how far it
+ * has come: the link in the rmap_item that it has taken, before it asks should_skip_rmap_item and
+ * returns it to be looked at; or, when it comes to an mm and when it gives up on one that exits,
+ * the beginning of the mm_slot's list (mm/ksm.c, 6.1 to 7.x). Others do not write to it.
+ */
+int on_ksm_scan_rmap_list(void *ctx)
+{
+	struct under_way *at = now_under_way();
+	u64 list, slot;
+
+	if (!at)
+		return 0;
+	/* Of the last page it is then not known what the kernel has done with its rmap_item. */
+	if (!saw_last_write(ctx, at))
+		at->looking = 0;
+	if (!is_recording())
+		return 0;
+	list = read_u64(KSM_SCAN_ADDRESS + KSM_SCAN_RMAP_LIST);
+	slot = read_u64(KSM_SCAN_ADDRESS + KSM_SCAN_MM_SLOT);
+	if (list == slot + MM_SLOT_RMAP_LIST) {
+		end_visit(at);
+		return 0;
+	}
+	begin_visit(at, list - RMAP_ITEM_RMAP_LIST, at->found_page);
+	/* A new rmap_item is all 0, and compilers fill it before this write or after it. */
+	at->mm = read_u64(slot + MM_SLOT_MM);
+	return 0;
+}
+#endif
 
 /*
  * ksmd: (pmd, addr, end, struct mm_walk *walk); 1: found a page for ksmd to look at, which it
@@ -952,22 +1068,6 @@ static __always_inline void leave_stable_node_dup(u64 *args, u64 result, struct 
 
 /* ---- leaving the trees ---- */
 
-/* As should_skip_rmap_item has left it. */
-static __always_inline void emit_skip(u64 rmap_item, u64 mm)
-{
-#if defined(EVERY_PAGE) && defined(EMIT_SHOULD_SKIP_RMAP_ITEM)
-	struct ksm_event *event = begin(SHOULD_SKIP_RMAP_ITEM);
-
-	if (!event)
-		return;
-	add_place(event, rmap_item, mm, 0);
-	bpf_probe_read_kernel(&event->age, 1, (void *)(rmap_item + RMAP_ITEM_AGE));
-	bpf_probe_read_kernel(&event->remaining_skips, 1,
-			      (void *)(rmap_item + RMAP_ITEM_REMAINING_SKIPS));
-	ring.ringbuf_submit(event, RB_NO_WAKEUP);
-#endif
-}
-
 #ifdef EMIT_PAGE_OUTCOMES
 /*
  * An rmap_item leaves the trees that is neither of the page that ksmd looks at, nor of one that it
@@ -999,14 +1099,14 @@ static __always_inline void passes_by(struct under_way *at, u64 rmap_item, u64 a
 		return;
 	if (!users)
 		outcome = PAGE_MM_EXITS;
-#ifdef KSM_PAGES_SKIPPED_ADDRESS
+#if defined(KSM_PAGES_SKIPPED_ADDRESS) && !defined(VISITS_WATCHED)
 	u64 skipped = read_u64(KSM_PAGES_SKIPPED_ADDRESS);
 
 	if (skipped != at->skipped) {
 		outcome = PAGE_SKIPPED;
 		at->skipped = skipped;
 		count(COUNT_SKIPS, 1);
-		emit_skip(rmap_item, mm);
+		emit_skip(rmap_item, mm, bpf_ktime_get_ns());
 	}
 #endif
 	count_page(mm, bpf_ktime_get_ns(), outcome);

@@ -56,7 +56,7 @@ static __always_inline bool is_recording(void)
 	}                                                                              \
 	static __always_inline int take_##tracepoint(struct bpf_raw_tracepoint_args *ctx)
 
-#ifdef EMIT_PAGE_OUTCOMES
+#if defined(EMIT_PAGE_OUTCOMES) || defined(VISITS_WATCHED)
 /* In functions.c. */
 static __always_inline void pass_ends(void);
 #endif
@@ -185,7 +185,7 @@ ON_TRACEPOINT(ksm_stop_scan)
 {
 	struct ksm_event *event;
 
-#ifdef EMIT_PAGE_OUTCOMES
+#if defined(EMIT_PAGE_OUTCOMES) || defined(VISITS_WATCHED)
 	pass_ends();
 #endif
 	event = begin(KSM_STOP_SCAN);

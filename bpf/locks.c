@@ -505,9 +505,15 @@ ON_TRACEPOINT(sched_switch)
 	if (scanning)
 		stop_scan_if_over(scanning);
 #endif
-#ifdef EMIT_LOCK_HOLD
+#if defined(EMIT_LOCK_HOLD) || defined(VISITS_WATCHED)
 	if ((ctx->args[0] & 1) || !(ctx->args[3] & TASK_INTERRUPTIBLE))
 		return 0;
+#endif
+#ifdef VISITS_WATCHED
+	/* Else a writer to run may free the rmap_item before ksmd goes on. */
+	pass_ends();
+#endif
+#ifdef EMIT_LOCK_HOLD
 	at->ksmd_task = ctx->args[1];
 	at->asleep = 1;
 	if (!at->batch_since_ns)

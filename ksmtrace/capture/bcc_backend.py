@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import importlib.resources
 import mmap
 import os
@@ -26,10 +27,12 @@ from ksmtrace.capture.hooks import (
     HISTOGRAMS,
     LOCK_HISTOGRAMS,
     LOCK_TALLIES,
+    WATCHPOINT,
     Attachment,
 )
 from ksmtrace.errors import BackendUnavailable, CannotRun
 from ksmtrace.events import KINDS, NR_KINDS
+from ksmtrace.kernel.bpf_calls import PERF_IOC_ENABLE, Calls
 
 _RECURSION_MISSES = 208  # offset in struct bpf_prog_info (include/uapi/linux/bpf.h)
 _KFUNC = {"fentry": "kfunc", "fexit": "kretfunc"}  # bcc's words
@@ -73,7 +76,7 @@ class Programs:
             importlib.resources.as_file(importlib.resources.files("ksmtrace.bpf"))
         )
         attachments = tuple(attachments)
-        self._made = [attachment for attachment in attachments if attachment.text]
+        self._made = [attachment for attachment in attachments if attachment.body]
         sources = [source] if source else [package / "ksm.c", package / "outcomes.c"]
         if self._made:
             sources += [package / "functions.c", package / "costs.c"]
@@ -90,6 +93,8 @@ class Programs:
         flags += [f"-DKFUNC_PREFIX={self._prefixes['fentry']}"]
         flags += [f"-DKRETFUNC_PREFIX={self._prefixes['fexit']}"]
         self._attached: list[Attachment] = []
+        self._ksmd = int(defines.get("KSMD_PID", 0))
+        self._watchpoints: dict[str, tuple[int, contextlib.ExitStack]] = {}
         self._switch = np.zeros(1, np.uint64)
         self._bpf: Any = None
         try:
@@ -110,6 +115,8 @@ class Programs:
             slots = self._mapped(b"histograms", len(HISTOGRAMS) * HISTOGRAM_SLOTS)
             self._histograms = slots.reshape(len(HISTOGRAMS), HISTOGRAM_SLOTS)
             self._passages = self._mapped(b"passages", len(FUNCTIONS) * 2).reshape(-1, 2)
+        if self._watchpoints:
+            self._watched = self._mapped(b"watched", 1)
         if self._has_locks:
             nr_tallies = len(LOCK_HISTOGRAMS) * len(LOCK_TALLIES)
             self._lock_tallies = self._mapped(b"lock_tallies", nr_tallies)
@@ -167,9 +174,15 @@ class Programs:
         """Read how often a program was not run, because its CPU was in the middle of another.
 
         Only what the kernel counts (bpf_prog_info.recursion_misses): older ones count it for no
-        program, or for none of a kprobe, and then there is nothing here.
+        program, or for none of a kprobe, and then there is nothing here. A watchpoint counts
+        itself how often it was reached.
         """
         missed = {}
+        for variable, (fd, _) in self._watchpoints.items():
+            # In this order: ksmd may be at work.
+            (reached,) = struct.unpack("=Q", os.read(fd, 8))
+            if (times := reached - int(self._watched[0])) > 0:
+                missed[f"{WATCHPOINT}:{variable}"] = times
         for attachment in self._attached:
             name = self._program_name(attachment)
             information = _read_program_information(self._bpf.funcs[name].fd)
@@ -209,6 +222,20 @@ class Programs:
             self._bpf.attach_kprobe(event=target, event_off=attachment.offset, fn_name=name)
         elif attachment.how == "kretprobe":
             self._bpf.attach_kretprobe(event=target, fn_name=name)
+        elif attachment.how == WATCHPOINT:
+            self._watch(attachment)
+
+    # bcc would open one per CPU.
+    def _watch(self, attachment: Attachment) -> None:
+        program = self._bpf.load_func(attachment.program.encode(), self._bpf.PERF_EVENT)
+        calls = Calls(os.uname().machine)
+        with contextlib.ExitStack() as opening:
+            watchpoint = opening.enter_context(
+                calls.open_watchpoint("opening a watchpoint", attachment.address, self._ksmd)
+            )
+            calls.attach("attaching to a watchpoint", watchpoint, program.fd)
+            fcntl.ioctl(watchpoint, PERF_IOC_ENABLE, 0)
+            self._watchpoints[attachment.target] = watchpoint, opening.pop_all()
 
     def _detach(self, attachment: Attachment) -> None:
         target = attachment.target.encode()
@@ -217,6 +244,8 @@ class Programs:
         elif attachment.how in ("kprobe", "kretprobe"):
             detach = getattr(self._bpf, f"detach_{attachment.how}")
             detach(target, attachment.program.encode())
+        elif attachment.how == WATCHPOINT:
+            self._watchpoints.pop(attachment.target)[1].close()
         else:
             detach = getattr(self._bpf, f"detach_{_KFUNC[attachment.how]}")
             detach(self._program_name(attachment))

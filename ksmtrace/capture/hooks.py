@@ -16,6 +16,7 @@ TRACEPOINT = "tracepoint"
 FENTRY = "fentry"
 KPROBE = "kprobe"
 SITE = "inlined site"
+WATCHPOINT = "watchpoint"
 DERIVED = "derived"
 ABSENT = "absent"
 
@@ -24,6 +25,7 @@ RUNGS: Mapping[str, str] = {
     FENTRY: "a program on a function's entry or exit, by BTF and trampoline",
     KPROBE: "the same by a kprobe or kretprobe",
     SITE: "a kprobe where the function was inlined, by a recipe for this very build",
+    WATCHPOINT: "by a hardware watchpoint on a variable of mm/ksm.c",
     DERIVED: "from other functions that can be seen",
     ABSENT: "not at all",
 }
@@ -186,21 +188,26 @@ class Hook:
 
     Attributes:
         rung: FENTRY (and if that is not to be had KPROBE) for programs on the function that the
-            event is about; TRACEPOINT for tracepoints of other groups; SITE; or DERIVED.
+            event is about; TRACEPOINT for tracepoints of other groups; SITE; WATCHPOINT; or
+            DERIVED.
         functions: bodies of all functions that it takes; the event is named after the first.
         sites: functions that were inlined, and at whose beginning the recipe places a program.
         defines: C defines without which it does not work, beside those of its functions.
         kinds: kinds of event before this one on whose hook it builds, so that they must be caught.
         page_fields: fields that it fills from a struct page.
-        page_functions: functions that tell the page where a site does not, for every page's event.
+        page_functions: functions that tell the page where a site or a watchpoint does not, for
+            every page's event.
         lacks: fields that it never fills, with the reason.
         optional: bodies of functions without which it works as well, and the fields that it then
             does not fill; those that can be reached get a C define WITH_BODY.
         tracepoints: raw tracepoints that it takes, by name, and the numbers of arguments with
             which their program on_NAME understands them.
         switches: C defines that tell the programs that this hook was taken.
+        watches: the variable whose writes it takes: a key of
+            :data:`ksmtrace.capture.plan.WATCHED`.
+        builds_on: switches of hooks before, without which it sees nothing.
         every_page: it costs ksmd about as much as the events of every page, and is taken only
-            where these are asked for.
+            where these are asked for: what is said where they are not; "" for the others.
         tells_skips: it must tell the pages that smart scan skips from others.
         how: in words, for the plan's reason.
     """
@@ -216,7 +223,9 @@ class Hook:
     optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tracepoints: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     switches: tuple[str, ...] = ()
-    every_page: bool = False
+    watches: str = ""
+    builds_on: tuple[str, ...] = ()
+    every_page: str = ""
     tells_skips: bool = False
     how: str = ""
 
@@ -228,6 +237,16 @@ _VISIT = ("ksm_next_page_pmd_entry", "remove_rmap_item_from_tree")
 _VISIT_DEFINES = ("RMAP_ITEM_MM", "RMAP_ITEM_ADDRESS")
 _SEARCH_DEFINES = ("KSMD_PID", "RMAP_ITEM_MM")
 _VISITED = ("cmp_and_merge_page",)
+_CURSOR = "ksm_scan.rmap_list"
+_CURSOR_DEFINES = (
+    *("KSMD_PID", "KSM_SCAN_ADDRESS", "KSM_SCAN_RMAP_LIST", "KSM_SCAN_MM_SLOT"),
+    *("MM_SLOT_MM", "MM_SLOT_RMAP_LIST", "RMAP_ITEM_RMAP_LIST"),
+    *("RMAP_ITEM_MM", "RMAP_ITEM_ADDRESS"),
+)
+_WATCHPOINT_ASKED = (
+    "`record --every-page` sees it by a hardware watchpoint, which makes ksmd take about five "
+    "times as long per page"
+)
 _PAGE_STATE = ("PAGE_FLAGS", "PAGE_REFCOUNT", "PAGE_MAPCOUNT", "PAGE_LRU")
 
 HOOKS: Mapping[str, tuple[Hook, ...]] = {
@@ -319,6 +338,20 @@ HOOKS: Mapping[str, tuple[Hook, ...]] = {
             page_fields=("pfn",),
             page_functions=("ksm_next_page_pmd_entry",),
             how="where the compiler has inlined it",
+        ),
+        # Measured on 6.18 (docs/performance.md): a debug exception takes about 11 us.
+        Hook(
+            WATCHPOINT,
+            defines=_CURSOR_DEFINES,
+            page_fields=("pfn",),
+            page_functions=("ksm_next_page_pmd_entry",),
+            tracepoints={"sched_switch": (4,)},
+            switches=("VISITS_WATCHED",),
+            watches=_CURSOR,
+            every_page=_WATCHPOINT_ASKED,
+            tells_skips=True,
+            how="ksmd has moved ksm_scan.rmap_list to the page's rmap_item, and smart scan did "
+            "not skip it",
         ),
         Hook(
             DERIVED,
@@ -454,6 +487,15 @@ HOOKS: Mapping[str, tuple[Hook, ...]] = {
     ),
     "should_skip_rmap_item": (
         Hook(
+            WATCHPOINT,
+            defines=("RMAP_ITEM_AGE", "RMAP_ITEM_REMAINING_SKIPS"),
+            kinds=("cmp_and_merge_page",),
+            watches=_CURSOR,
+            builds_on=("VISITS_WATCHED",),
+            every_page=_WATCHPOINT_ASKED,
+            how="remaining_skips has become less when ksmd moves on from the page's rmap_item",
+        ),
+        Hook(
             DERIVED,
             ("remove_rmap_item_from_tree",),
             defines=("RMAP_ITEM_AGE", "RMAP_ITEM_REMAINING_SKIPS", "KSM_PAGES_SKIPPED_ADDRESS"),
@@ -490,7 +532,7 @@ HOOKS: Mapping[str, tuple[Hook, ...]] = {
                 "sched_switch": (4,),
             },
             switches=("HOLDS_OF_MMAP_LOCK",),
-            every_page=True,
+            every_page="it is taken with --every-page only",
             how="ksmd takes and releases an mmap_lock; wakes and sleeps",
         ),
         Hook(
@@ -609,12 +651,13 @@ class Attachment:
     """One program and where it goes.
 
     Attributes:
-        how: ``raw_tracepoint``, ``fentry``, ``fexit``, ``kprobe``, ``kretprobe``.
-        target: the tracepoint, or the function's name on this kernel.
+        how: ``raw_tracepoint``, ``fentry``, ``fexit``, ``kprobe``, ``kretprobe``, ``watchpoint``.
+        target: the tracepoint, the function's name on this kernel, or the variable.
         offset: bytes into the function; 0 but for an inlined site.
         program: the program's name; for a fentry or fexit bcc's prefix goes before it.
         body: the function's name in bpf/functions.c; "" for a tracepoint's.
-        text: the line of C that makes the program; "" for a tracepoint's, which are written out.
+        text: the line of C that makes the program; "" for those that are written out.
+        address: of the variable that is watched.
     """
 
     how: str
@@ -623,3 +666,4 @@ class Attachment:
     program: str
     body: str = ""
     text: str = ""
+    address: int = 0

@@ -22,6 +22,7 @@ from ksmtrace.capture.hooks import (
     SITE_ARGUMENTS,
     TRACEPOINT,
     WAITED_BY,
+    WATCHPOINT,
     Attachment,
     Function,
     Hook,
@@ -47,7 +48,12 @@ OFFSET_DEFINES = {
     "STABLE_NODE_HEAD": "ksm_stable_node.head",
     "STABLE_NODE_LENGTH": "ksm_stable_node.rmap_hlist_len",
     "STABLE_NODE_NID": "ksm_stable_node.nid",
+    "RMAP_ITEM_RMAP_LIST": "ksm_rmap_item.rmap_list",
     "KSM_SCAN_SEQNR": "ksm_scan.seqnr",
+    "KSM_SCAN_MM_SLOT": "ksm_scan.mm_slot",
+    "KSM_SCAN_RMAP_LIST": "ksm_scan.rmap_list",
+    "MM_SLOT_MM": "ksm_mm_slot.slot.mm",
+    "MM_SLOT_RMAP_LIST": "ksm_mm_slot.rmap_list",
     "VMA_MM": "vm_area_struct.vm_mm",
     "PAGE_MAPPING": "page.mapping",
     "PAGE_LRU": "page.lru",
@@ -93,6 +99,10 @@ SYMBOL_DEFINES = {
     "KSM_THREAD_MUTEX_ADDRESS": "ksm_thread_mutex",
 }
 """The C define for bpf/*.c, and the variable whose address it is."""
+
+WATCHED = {"ksm_scan.rmap_list": ("KSM_SCAN_ADDRESS", "KSM_SCAN_RMAP_LIST", "cmp_and_merge_page")}
+"""Variables that are watched: the defines that make the address, and the function of mm/ksm.c that
+the program stands for (:data:`ksmtrace.capture.hooks.FUNCTIONS`)."""
 
 TEXT_DEFINES: Mapping[str, tuple[str, ...]] = {
     "KSM_TEXT": (
@@ -278,6 +288,7 @@ class _Ladder:
         self._functions: dict[str, tuple[str, str]] = {}
         self._sites: dict[str, tuple[Site, tuple[Location | None, ...]]] = {}
         self._tracepoints: dict[str, None] = {}
+        self._watches: dict[str, None] = {}
         self._caught: set[str] = set()
         self.switches: dict[str, int] = {"EVERY_PAGE": 1} if every_page else {}
 
@@ -304,7 +315,7 @@ class _Ladder:
                         return self._by_hook(kind, hook)
                     except _Obstacle as obstacle:
                         # What a hook builds on is absent for the reasons that follow.
-                        if not hook.kinds:
+                        if not hook.kinds or hook.every_page:
                             obstacles.append(str(obstacle))
             # Every other hook needs one of the two: nothing else would explain more.
             return EventPlan(
@@ -329,7 +340,12 @@ class _Ladder:
             first, second = (_c_expression(location) for location in locations)
             text = f"SITE({body}, {first}, {second})"
             yield Attachment("kprobe", site.symbol, site.offset, f"site_{body}", body, text)
-        if self._functions or self._sites:
+        for variable in self._watches:
+            base, offset, body = WATCHED[variable]
+            address = self._defines[base] + self._defines[offset]
+            name = f"on_{variable.replace('.', '_')}"
+            yield Attachment(WATCHPOINT, variable, 0, name, body, address=address)
+        if self._functions or self._sites or self._watches:
             self.switches["NR_FUNCTIONS"] = len(FUNCTIONS)
             for number, function in enumerate(FUNCTIONS):
                 self.switches[f"FUNCTION_{function.body}"] = number
@@ -357,25 +373,31 @@ class _Ladder:
     def _by_hook(self, kind: Kind, hook: Hook) -> EventPlan:
         if hook.rung in self._without and hook.rung != FENTRY:
             raise _Obstacle(f"the rung {hook.rung!r} is left out on request")
+        if hook.watches and (refusal := self._refusal(WATCHPOINT)) is not None:
+            raise _Obstacle(refusal)
         if hook.every_page and not self._every_page:
-            raise _Obstacle("it is taken with --every-page only")
+            raise _Obstacle(hook.every_page)
         lacking = [define for define in hook.defines if define not in self._defines]
         if lacking:
             raise _Obstacle(_why_undefined(lacking, self._facts))
         uncaught = [name for name in hook.kinds if name not in self._caught]
         if uncaught:
             raise _Obstacle(f"it builds on {' and '.join(uncaught)}, which is absent")
+        if not set(hook.builds_on) <= set(self.switches):
+            raise _Obstacle("it builds on a watchpoint that is not taken")
         for name, arguments in hook.tracepoints.items():
             obstacle = _obstacle(name, name, arguments, self._facts)
             if obstacle is not None:
                 raise _Obstacle(obstacle)
             if name in KIND_BY_NAME and name not in self._tracepoints:
                 raise _Obstacle(f"it builds on the tracepoint {name}, which is not taken")
-        if hook.tells_skips and _cannot_tell_skips(self._facts, self._defines):
-            raise _Obstacle(
-                "pages that smart scan skips cannot be told from others: the address of "
-                "ksm_pages_skipped is unknown"
-            )
+        if hook.tells_skips and self._has_smart_scan():
+            telling = "RMAP_ITEM_REMAINING_SKIPS" if hook.watches else "KSM_PAGES_SKIPPED_ADDRESS"
+            if telling not in self._defines:
+                raise _Obstacle(
+                    "pages that smart scan skips cannot be told from others: "
+                    + _why_undefined([telling], self._facts)
+                )
         reached = {body: self._reach(FUNCTION_BY_BODY[body]) for body in hook.functions}
         missing = dict(hook.lacks or {})
         optional = {}
@@ -389,19 +411,21 @@ class _Ladder:
         for body in hook.sites:
             site, locations = self._site(body)
             sites[body] = (site, locations)
-            if self._every_page and "pfn" in kind.body and locations[0] is None:
-                try:
-                    for page_body in hook.page_functions:
-                        reached[page_body] = self._reach(FUNCTION_BY_BODY[page_body])
-                except _Obstacle as obstacle:
-                    missing["pfn"] = str(obstacle)
+        if hook.page_functions and self._every_page and not any(at[0] for _, at in sites.values()):
+            try:
+                for page_body in hook.page_functions:
+                    reached[page_body] = self._reach(FUNCTION_BY_BODY[page_body])
+            except _Obstacle as obstacle:
+                missing["pfn"] = str(obstacle)
         # Nothing was noted before this point, because any step may have failed.
         self._functions |= reached
         self._sites |= sites
         self._tracepoints |= dict.fromkeys(hook.tracepoints)
+        self._watches |= dict.fromkeys(filter(None, [hook.watches]))
         self.switches |= dict.fromkeys((*hook.switches, f"EMIT_{kind.name.upper()}"), 1)
         self.switches |= dict.fromkeys((f"WITH_{body.upper()}" for body in optional), 1)
-        targets = [f"kprobe:{site.symbol}+{site.offset:#x}" for site, _ in sites.values()]
+        targets = [f"{WATCHPOINT}:{hook.watches}"] if hook.watches else []
+        targets += [f"kprobe:{site.symbol}+{site.offset:#x}" for site, _ in sites.values()]
         targets += [_target(FUNCTION_BY_BODY[body], *found) for body, found in reached.items()]
         targets += [f"raw_tracepoint:{name}" for name in hook.tracepoints]
         rung = hook.rung
@@ -445,12 +469,15 @@ class _Ladder:
             refusals.append(refusal)
         raise _Obstacle("; ".join(refusals))
 
+    def _has_smart_scan(self) -> bool:
+        return (self._facts.ksm or {}).get("smart_scan") is not None
+
     def _refusal(self, rung: str) -> str | None:
         if rung in self._without:
             return f"{rung} programs are left out on request"
-        if rung == KPROBE and self._facts.kernel.machine != "x86_64":
+        if rung in (KPROBE, WATCHPOINT) and self._facts.kernel.machine != "x86_64":
             machine = self._facts.kernel.machine
-            return f"kprobe programs know only x86_64's registers, not {machine}'s"
+            return f"{rung} programs know only x86_64's registers, not {machine}'s"
         loading = self._facts.loading or {}
         reading = loading.get("kernel_read")
         if reading is not None and reading.works is False:
@@ -510,8 +537,9 @@ def _counted(
     events: tuple[EventPlan, ...], switches: Mapping[str, int], defines: Mapping[str, int]
 ) -> tuple[str, ...]:
     caught = {event.event for event in events if event.rung != ABSENT}
-    tells_skips = "KSM_PAGES_SKIPPED_ADDRESS" in defines and (
-        "VISITS_DERIVED" in switches or "page_outcomes" in caught
+    tells_skips = "should_skip_rmap_item" in caught or (
+        "KSM_PAGES_SKIPPED_ADDRESS" in defines
+        and ("VISITS_DERIVED" in switches or "page_outcomes" in caught)
     )
     return tuple(
         name
@@ -532,11 +560,6 @@ def _counted_of_locks(caught: Collection[str], switches: Mapping[str, int]) -> t
     ]
     names += [f"hold_ns.{lock.name.lower()}" for lock in held if "lock_hold" in caught]
     return (*names, *(f"{name}.{tally}" for name in names for tally in LOCK_TALLIES))
-
-
-def _cannot_tell_skips(facts: Facts, defines: Mapping[str, int]) -> bool:
-    has_smart_scan = (facts.ksm or {}).get("smart_scan") is not None
-    return has_smart_scan and "KSM_PAGES_SKIPPED_ADDRESS" not in defines
 
 
 def _target(function: Function, rung: str, name: str) -> str:

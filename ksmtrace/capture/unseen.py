@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ksmtrace.capture.hooks import ABSENT, DERIVED, HOOKS
+from ksmtrace.capture.hooks import ABSENT, DERIVED, HOOKS, WATCHPOINT
 from ksmtrace.events import KIND_BY_NAME
 from ksmtrace.kernel.facts import Facts
 
@@ -79,7 +79,7 @@ GAPS = (
         "pages_volatile, which also holds first visits, skipped pages and failed merges",
         ("cmp_and_merge_page",),
         ("pages_volatile",),
-        shown_by=("page_outcomes",),
+        shown_by=("page_outcomes", "cmp_and_merge_page"),
     ),
     Gap(
         "which pages smart scan skipped",
@@ -87,7 +87,7 @@ GAPS = (
         "pages_skipped is their exact number",
         ("should_skip_rmap_item", "ksm_next_page_pmd_entry"),
         ("pages_skipped",),
-        shown_by=("page_outcomes",),
+        shown_by=("page_outcomes", "should_skip_rmap_item"),
     ),
     Gap(
         "why a merge failed (page locked, pinned, changed, no longer there)",
@@ -195,7 +195,7 @@ def find_unseen(
         Of each (what, why and what is still known, what would change that).
     """
     return (
-        *_unseen_events(events),
+        *_unseen_events(facts, events),
         *_unseen_fields(facts, events, defines),
         *(
             (gap.what, _why_gap(gap, facts), _what_changes(gap, facts))
@@ -211,14 +211,21 @@ def _is_shown(gap: Gap, events: tuple[EventPlan, ...]) -> bool:
     return any(event.event in gap.shown_by for event in events if event.rung != ABSENT)
 
 
-def _unseen_events(events: tuple[EventPlan, ...]) -> list[tuple[str, str, str]]:
+def _unseen_events(facts: Facts, events: tuple[EventPlan, ...]) -> list[tuple[str, str, str]]:
     by_reason: dict[tuple[str, str], list[str]] = {}
+    tried = (facts.loading or {}).get(WATCHPOINT)
+    watchpoints = tried is not None and tried.works
+    askable = {
+        name for name, hooks in HOOKS.items() if any(h.watches for h in hooks) and watchpoints
+    }
     for event in events:
         if event.rung == ABSENT:
             changes = []
             if KIND_BY_NAME[event.event].has_tracepoint:
                 changes.append(_CHANGE_FOR_TRACEPOINT)
             hooks = HOOKS[event.event]
+            if event.event in askable:
+                changes.append("`record --every-page`")
             if any(hook.functions or hook.sites for hook in hooks):
                 changes.append(_CHANGE_FOR_FUNCTION)
             elif hooks:
@@ -270,6 +277,9 @@ def _change_for_field(
         return "a recipe for this build (`ksmtrace sites resolve VMLINUX`)"
     if "lock_hold" in names:
         return "`record --every-page`, on a kernel whose tracepoints do not write out paths (6.16)"
+    watched = {event.event for event in events if event.rung == WATCHPOINT}
+    if field == "pfn" and watched.issuperset(names):
+        return "a kernel with fentry or kprobes"
     if field in ("pfn", "new_pfn") and "VMEMMAP_BASE_ADDRESS" not in defines:
         return "root (CAP_SYSLOG), on a kernel with CONFIG_KALLSYMS_ALL=y"
     return "a kernel with BTF (CONFIG_DEBUG_INFO_BTF=y) that has these members"

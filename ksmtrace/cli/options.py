@@ -37,9 +37,9 @@ without_option = click.option(
     "--without",
     metavar="RUNG",
     multiple=True,
-    type=click.Choice(["tracepoint", "fentry", "kprobe", "inlined site", "derived"]),
+    type=click.Choice(["tracepoint", "fentry", "kprobe", "inlined site", "watchpoint", "derived"]),
     help="As if this kernel did not offer RUNG (tracepoint, fentry, kprobe, 'inlined site', "
-    "derived): to compare the ways to catch an event. May be repeated.",
+    "watchpoint, derived): to compare the ways to catch an event. May be repeated.",
 )
 """The rungs that are not to be taken (:data:`ksmtrace.capture.hooks.RUNGS`)."""
 

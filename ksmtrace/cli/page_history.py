@@ -147,10 +147,9 @@ def _detail(name: str, event: Any) -> str:
     failed = f"failed ({err})" if err else "done"
     if name == "cmp_and_merge_page":
         changed = ", checksum changed" if event["checksum_changed"] else ""
-        return (
-            f"frame {event['pfn']}: {_tree(int(event['flags_before']))} -> "
-            f"{_tree(int(event['address']))}{changed}"
-        )
+        frame = f"frame {event['pfn']}: " if event["pfn"] else ""
+        before, after = (_tree(int(event[name])) for name in ("flags_before", "address"))
+        return f"{frame}{before} -> {after}{changed}"
     if name == "stable_tree_search":
         outcome = SearchOutcome(int(event["outcome"])).name.lower()
         return f"frame {event['pfn']}: {outcome}, {event['nodes']} nodes looked up"

@@ -104,12 +104,12 @@ def record(
     from ksmtrace.capture.plan import make_plan
     from ksmtrace.capture.session import Capture, CaptureSettings
     from ksmtrace.capture.sites import find_recipe
-    from ksmtrace.kernel.facts import read_facts
+    from ksmtrace.kernel.facts import add_variables, read_facts
     from ksmtrace.recording.format import SUFFIX
     from ksmtrace.recording.writer import RecordingWriter
 
     path = output or Path(time.strftime(f"ksmtrace-%Y%m%d-%H%M%S{SUFFIX}"))
-    facts = read_facts()
+    facts = add_variables(read_facts()) if every_page else read_facts()
     plan = make_plan(facts, find_recipe(facts.kernel.build_id), every_page, without)
     run = _Run(command, duration, quiet, commands_stdout_to_stderr=as_json)
     settings = CaptureSettings(ring, int(interval * 1e9), snapshot, witnesses)

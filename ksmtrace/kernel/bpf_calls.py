@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import struct
 from collections.abc import Iterator
@@ -14,10 +15,11 @@ from ksmtrace.errors import KernelFeatureMissing
 INSN = struct.Struct("=BBhi")
 """struct bpf_insn: opcode, registers, offset, immediate (include/uapi/linux/bpf.h)."""
 
-PROG_TYPE_KPROBE, PROG_TYPE_RAW_TRACEPOINT, PROG_TYPE_TRACING = 2, 17, 26
+PROG_TYPE_KPROBE, PROG_TYPE_PERF_EVENT = 2, 7
+PROG_TYPE_RAW_TRACEPOINT, PROG_TYPE_TRACING = 17, 26
 TRACE_FENTRY = 24
 HELPER_PROBE_READ_KERNEL = 113
-PERF_IOC_SET_BPF = 0x4004_2408
+PERF_IOC_ENABLE, PERF_IOC_SET_BPF = 0x2400, 0x4004_2408
 """From include/uapi/linux/bpf.h and perf_event.h."""
 
 # bpf(2) and perf_event_open(2) by machine; the last line is the kernel's common table.
@@ -43,6 +45,9 @@ _RETVAL_OFFSET = 4
 _PERF_ATTR = struct.Struct("=IIQQQQQIIQQ")
 _PERF_FLAG_FD_CLOEXEC = 8
 _PERF_ATTR_DISABLED = 1
+_PERF_TYPE_BREAKPOINT = 5
+_HW_BREAKPOINT_W = 2  # include/uapi/linux/hw_breakpoint.h
+_WATCHED_BYTES = 8
 
 
 class Refused(Exception):
@@ -170,6 +175,35 @@ class Calls:
             *(ctypes.c_int(-1), ctypes.c_int(0), ctypes.c_int(-1)),  # any task, CPU 0, no group
             ctypes.c_ulong(_PERF_FLAG_FD_CLOEXEC),
         )
+
+    def open_watchpoint(
+        self, step: str, address: int, pid: int
+    ) -> contextlib.AbstractContextManager[int]:
+        """Open a watchpoint on 8 bytes that a task writes to, not enabled; pid 0: this task.
+
+        A read of it tells how often they were written.
+        """
+        attr = ctypes.create_string_buffer(
+            _PERF_ATTR.pack(
+                *(_PERF_TYPE_BREAKPOINT, _PERF_ATTR.size, 0, 1, 0, 0, _PERF_ATTR_DISABLED),
+                *(0, _HW_BREAKPOINT_W, address, _WATCHED_BYTES),
+            ),
+            _PERF_ATTR.size,
+        )
+        return self._fd(
+            step,
+            "perf_event_open",
+            ctypes.byref(attr),
+            *(ctypes.c_int(pid), ctypes.c_int(-1), ctypes.c_int(-1)),  # any CPU, no group
+            ctypes.c_ulong(_PERF_FLAG_FD_CLOEXEC),
+        )
+
+    def attach(self, step: str, event: int, program: int) -> None:
+        """Attach a program to an open probe or watchpoint."""
+        try:
+            fcntl.ioctl(event, PERF_IOC_SET_BPF, program)
+        except OSError as error:
+            raise Refused(f"{step}: {errno_name(error.errno or 0)}") from error
 
 
 def errno_name(number: int) -> str:

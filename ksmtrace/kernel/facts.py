@@ -33,7 +33,12 @@ OFFSETS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "ksm_stable_node.rmap_hlist_len": (("ksm_stable_node", "stable_node"), "rmap_hlist_len"),
     "ksm_stable_node.nid": (("ksm_stable_node", "stable_node"), "nid"),
     "ksm_stable_node.head": (("ksm_stable_node", "stable_node"), "head"),
+    "ksm_rmap_item.rmap_list": (("ksm_rmap_item",), "rmap_list"),
     "ksm_scan.seqnr": (("ksm_scan",), "seqnr"),
+    "ksm_scan.mm_slot": (("ksm_scan",), "mm_slot"),
+    "ksm_scan.rmap_list": (("ksm_scan",), "rmap_list"),
+    "ksm_mm_slot.slot.mm": (("ksm_mm_slot",), "slot.mm"),
+    "ksm_mm_slot.rmap_list": (("ksm_mm_slot",), "rmap_list"),
     "vm_area_struct.vm_mm": (("vm_area_struct",), "vm_mm"),
     # At the same place in both (include/linux/mm_types.h:FOLIO_MATCH); page is to lose it.
     "page.mapping": (("page", "folio"), "mapping"),
@@ -330,6 +335,7 @@ def read_facts(root: Path = ROOT, probe: bool = True) -> Facts:
         if without_btf is not None:
             gathering.unknown[field] = without_btf
     page_size_bytes = _read_page_size(root)
+    symbols = attempt("symbols", lambda: _read_symbols(root))
     return Facts(
         kernel=kernel,
         page_size_bytes=page_size_bytes,
@@ -357,26 +363,47 @@ def read_facts(root: Path = ROOT, probe: bool = True) -> Facts:
         else attempt("functions", lambda: {n: btf.function_arguments(n) for n in FUNCTIONS}),
         tracepoints=tracepoints,
         tracefs_mounted=None if "tracefs_mounted" in gathering.unknown else formats is not None,
-        symbols=attempt(
-            "symbols",
-            lambda: kallsyms.read_symbols(
-                (
-                    *(*FUNCTIONS, *kallsyms.MUTEX_FUNCTIONS),
-                    *(*kallsyms.KSM_OBJECTS, *kallsyms.MEMORY_OBJECTS),
-                ),
-                root,
-            ),
-        ),
+        symbols=symbols,
         privileges=held,
         loading=None
         if skipped is not None
-        else attempt("loading", lambda: _probe_loading(btf, kernel.machine, tracepoints)),
+        else attempt("loading", lambda: _probe_loading(btf, kernel.machine, tracepoints, symbols)),
         kpf_ksm=None if skipped is not None else _probe_kpf_ksm(),
         headers=_find_headers(root, kernel.release),
         bcc_installed=importlib.util.find_spec("bcc") is not None,
         ksmd_pid=attempt("ksmd_pid", lambda: procfs.find_ksmd(root)),
         task_delayacct=attempt("task_delayacct", lambda: _read_task_delayacct(root)),
         unknown=gathering.unknown,
+    )
+
+
+def add_variables(facts: Facts) -> Facts:
+    """Add the addresses of mm/ksm.c's variables where kallsyms lists none; takes about a second.
+
+    Returns:
+        The same facts where the kernel lists them, or they cannot be found; then
+        :attr:`Facts.unknown` says why, under ``variables``.
+    """
+    # Here and not above: it takes a decoder of instructions, which nothing else here does.
+    from ksmtrace.kernel.ksm_memory import KsmMemoryReader
+
+    if facts.symbols is None or facts.symbols.objects_listed or facts.symbols.hidden:
+        return facts
+    try:
+        with KsmMemoryReader.open() as reader:
+            found = {name: (address,) for name, address in reader.addresses.items()}
+    except CannotRun as error:
+        return dataclasses.replace(facts, unknown={**facts.unknown, "variables": str(error)})
+    addresses = {**found, **{n: at for n, at in facts.symbols.addresses.items() if at}}
+    return dataclasses.replace(
+        facts, symbols=dataclasses.replace(facts.symbols, addresses=addresses)
+    )
+
+
+def _read_symbols(root: Path) -> kallsyms.Symbols:
+    functions = (*FUNCTIONS, *kallsyms.MUTEX_FUNCTIONS)
+    return kallsyms.read_symbols(
+        (*functions, *kallsyms.KSM_OBJECTS, *kallsyms.MEMORY_OBJECTS), root
     )
 
 
@@ -504,11 +531,16 @@ def _read_tracepoints(
 
 
 def _probe_loading(
-    btf: Btf | None, machine: str, tracepoints: Mapping[str, Tracepoint] | None
+    btf: Btf | None,
+    machine: str,
+    tracepoints: Mapping[str, Tracepoint] | None,
+    symbols: kallsyms.Symbols | None,
 ) -> dict[str, LoadProbe]:
     # Where there is no ksm tracepoint, any other says whether such programs work.
     name = next(iter(tracepoints or ()), "sched_process_exit")
-    return loading.probe_loading(btf, machine, name)
+    # Nobody writes to the function, so that either address will do.
+    watched = (symbols.address(n) for n in ("ksm_scan", "ksm_scan_thread")) if symbols else ()
+    return loading.probe_loading(btf, machine, name, next(filter(None, watched), None))
 
 
 def _probe_kpf_ksm() -> KpfProbe:

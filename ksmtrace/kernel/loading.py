@@ -6,28 +6,27 @@ nothing. The programs tried do nothing, are attached for some microseconds, and 
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Callable
 
 from ksmtrace.errors import KernelFeatureMissing, KernelInterfaceError
 from ksmtrace.kernel.bpf_calls import (
     HELPER_PROBE_READ_KERNEL,
     INSN,
-    PERF_IOC_SET_BPF,
     PROG_TYPE_KPROBE,
+    PROG_TYPE_PERF_EVENT,
     PROG_TYPE_RAW_TRACEPOINT,
     PROG_TYPE_TRACING,
     TRACE_FENTRY,
     Calls,
     Refused,
-    errno_name,
 )
 from ksmtrace.kernel.btf import Btf
 from ksmtrace.kernel.files import ROOT, read_int
 from ksmtrace.kernel.probes import LoadProbe
 
-KINDS = ("raw_tracepoint", "kernel_read", "fentry", "kprobe")
-"""Kinds tried; ``kernel_read`` is a raw tracepoint program that reads kernel memory."""
+KINDS = ("raw_tracepoint", "kernel_read", "fentry", "kprobe", "watchpoint")
+"""Kinds tried; ``kernel_read`` is a raw tracepoint program that reads kernel memory, and
+``watchpoint`` one for writes to a variable, by a debug register."""
 
 PROBED_FUNCTIONS = ("ksm_madvise", "break_ksm", "try_to_merge_with_ksm_page", "__ksm_enter")
 """Functions of mm/ksm.c to attach to, best first: visible on all kernels, seldom called."""
@@ -50,7 +49,7 @@ class _CannotTry(Exception):
 
 
 def probe_loading(
-    btf: Btf | None, machine: str, tracepoint: str = "ksm_enter"
+    btf: Btf | None, machine: str, tracepoint: str = "ksm_enter", watched: int | None = None
 ) -> dict[str, LoadProbe]:
     """Try to load and attach one program of each kind of :data:`KINDS`.
 
@@ -58,6 +57,7 @@ def probe_loading(
         btf: the running kernel's, which fentry needs; None where it has none.
         machine: as ``uname -m`` says.
         tracepoint: the one that the raw tracepoint programs attach to.
+        watched: an address of the kernel's, which a watchpoint needs; None where none is known.
 
     Returns:
         The outcome by kind; never raises.
@@ -71,6 +71,7 @@ def probe_loading(
         "kernel_read": lambda: _try_raw_tracepoint(calls, _READ_KERNEL_AND_EXIT, tracepoint),
         "fentry": lambda: _try_fentry(calls, btf),
         "kprobe": lambda: _try_kprobe(calls, btf),
+        "watchpoint": lambda: _try_watchpoint(calls, watched),
     }
     return {kind: _outcome(attempts[kind]) for kind in KINDS}
 
@@ -123,8 +124,17 @@ def _try_kprobe(calls: Calls, btf: Btf | None) -> str:
         calls.load("loading a program", PROG_TYPE_KPROBE, _EXIT) as program,
         calls.open_kprobe(f"opening a probe on {function}", pmu, function) as probe,
     ):
-        try:
-            fcntl.ioctl(probe, PERF_IOC_SET_BPF, program)
-        except OSError as error:
-            raise Refused(f"attaching to {function}: {errno_name(error.errno or 0)}") from error
+        calls.attach(f"attaching to {function}", probe, program)
         return f"loaded, and attached to {function}"
+
+
+def _try_watchpoint(calls: Calls, watched: int | None) -> str:
+    if watched is None:
+        raise _CannotTry("no address of the kernel's is known")
+    # Of this task only, so that no other is slowed down.
+    with (
+        calls.load("loading a program", PROG_TYPE_PERF_EVENT, _EXIT) as program,
+        calls.open_watchpoint("opening a watchpoint", watched, 0) as watchpoint,
+    ):
+        calls.attach("attaching to it", watchpoint, program)
+        return "loaded, and attached to a watchpoint on kernel memory"

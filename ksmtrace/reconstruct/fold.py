@@ -826,6 +826,7 @@ class Fold:
         items["seqnr"][to] = (told & np.uint64(SEQNR_MASK)).astype(np.uint8)[writes]
         found &= current
         found[found] = (events["flags_before"][found] & STABLE_FLAG) != 0
+        found &= events["pfn"] != 0  # a watchpoint does not tell it
         to = rows[found]
         items["hint_order"][to] = orders[found]
         items["hint_ns"][to] = events["ts_ns"][found]

@@ -119,7 +119,8 @@ def frame_history(header: Header, batches: Iterable[Events], pfn: int) -> PageHi
     def touches(events: Events) -> Mask:
         kinds = events["kind"]
         moved = (events["new_pfn"] == frame) | (events["kpfn_after"] == frame)
-        at_frame = _WITH_PFN[kinds] & (events["pfn"] == frame)
+        # 0 is unknown, and no frame of a page that ksmd comes to.
+        at_frame = _WITH_PFN[kinds] & (events["pfn"] == frame) & (events["pfn"] != 0)
         touched: Mask = at_frame | ((kinds == _MIGRATE) & moved)
         return touched
 

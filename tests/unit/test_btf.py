@@ -29,7 +29,10 @@ BLOBS = {
 def test_offsets_of_every_member_that_the_programs_read(kernel, expected):
     vm_mm, page, addr, *others = expected
     skips = [36, 37] if kernel.startswith("6.1") and kernel != "6.1" else [None, None]
-    ksm = [24, 32, *skips, 16, 40, 48, 40, 8, 48, 56, 60, 0, 24]
+    # rmap_list of an item; ksm_scan; the slot's mm and rmap_list, where it is no struct mm_slot.
+    item, *slot = [None] * 3 if kernel == "5.10" else [0, 32, 40]
+    cursor = [item, 24, 0, 16, *slot]
+    ksm = [24, 32, *skips, 16, 40, 48, 40, 8, 48, 56, 60, 0, *cursor]
     fault = [0, 24, 8, 48] if kernel == "5.10" else [0, 24, 40, 64]
     order = {"5.10": [17, None, None], "6.1": [17, 81, 64]}.get(kernel, [None, None, 64])
     large_mapcount = 80 if kernel.startswith("6.1") and kernel != "6.1" else None

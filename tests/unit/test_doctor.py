@@ -125,8 +125,9 @@ def test_a_reason_shared_by_many_events_is_said_once(guest):
     output = " ".join(text(facts).split())
 
     hint = "fentry programs do not work here: loading a program: EPERM"
-    # Once where there is a tracepoint's absence beside it, and once where not; and the verdict.
-    assert output.count(hint) == 3
+    # Once where there is a tracepoint's absence beside it, once where a watchpoint would do, and
+    # once where neither; and the verdict.
+    assert output.count(hint) == 4
     last = " ".join(" ".join(section(text(facts), "What cannot be seen")).split())
     for kind in KINDS:
         if HOOKS[kind.name] and HOOKS[kind.name][0].rung == TRACEPOINT:

@@ -23,6 +23,7 @@ from ksmtrace.capture.hooks import (
     SITE,
     SITE_ARGUMENTS,
     TRACEPOINT,
+    WATCHPOINT,
 )
 from ksmtrace.cli.options import without_option
 from ksmtrace.events import KIND_BY_NAME, KINDS
@@ -58,8 +59,11 @@ def test_a_hook_names_only_what_there_is(name, hook):
     numbers = {kind.name: kind.number for kind in KINDS}
     fields = KIND_BY_NAME[name].body
 
-    assert hook.rung in (TRACEPOINT, FENTRY, SITE, DERIVED)
-    assert hook.functions or hook.sites or hook.tracepoints
+    assert hook.rung in (TRACEPOINT, FENTRY, SITE, WATCHPOINT, DERIVED)
+    assert hook.functions or hook.sites or hook.tracepoints or hook.watches
+    assert bool(hook.watches) is (hook.rung == WATCHPOINT)
+    assert not hook.watches or (hook.every_page and hook.watches in planning.WATCHED)
+    assert {*hook.builds_on} <= OFFERED
     assert not (hook.functions or hook.sites) or hook.rung != TRACEPOINT
     assert bool(hook.sites) is (hook.rung == SITE)
     assert {*hook.functions, *hook.page_functions, *hook.optional} <= set(FUNCTION_BY_BODY)

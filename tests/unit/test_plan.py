@@ -15,6 +15,7 @@ from ksmtrace.capture.hooks import (
     KPROBE,
     SITE,
     TRACEPOINT,
+    WATCHPOINT,
 )
 from ksmtrace.capture.plan import make_plan
 from ksmtrace.capture.sites import Frame, Location, Recipe, Site, shipped_recipes
@@ -22,6 +23,7 @@ from ksmtrace.capture.unseen import GAPS
 from ksmtrace.events import KIND_BY_NAME, KINDS
 from ksmtrace.kernel.facts import FUNCTIONS, OFFSETS, Facts, Tracepoint, read_facts
 from ksmtrace.kernel.kallsyms import KSM_OBJECTS, MEMORY_OBJECTS
+from ksmtrace.kernel.loading import KINDS as LOADING_KINDS
 from ksmtrace.kernel.probes import KpfProbe, LoadProbe
 
 TREES = Path(__file__).parents[1] / "golden/trees"
@@ -36,6 +38,11 @@ OF_FUNCTIONS = [
     kind.name for kind in KINDS if not kind.has_tracepoint and kind.name not in OF_OTHERS
 ]
 INLINED = ("cmp_and_merge_page", "stable_tree_search")
+WATCHED = ("cmp_and_merge_page", "should_skip_rmap_item")
+ASKED = (
+    "`record --every-page` sees it by a hardware watchpoint, which makes ksmd take about five "
+    "times as long per page; "
+)
 
 
 def all_well(facts: Facts) -> Facts:
@@ -45,7 +52,7 @@ def all_well(facts: Facts) -> Facts:
     return replace(
         facts,
         bcc_installed=True,
-        loading=dict.fromkeys(("raw_tracepoint", "kernel_read", "fentry", "kprobe"), WORKS),
+        loading=dict.fromkeys(LOADING_KINDS, WORKS),
         kpf_ksm=KpfProbe(True, "tried"),
         symbols=replace(facts.symbols, addresses=addresses, hidden=False, objects_listed=True),
         unknown={},
@@ -347,11 +354,12 @@ def visible(event: str) -> list:
 
 
 def dependent(events: set[str]) -> set[str]:
-    """Add the events all of whose hooks build on one of these."""
+    """Add the events that build on one of these, whatever their hook: but no watchpoint is asked
+    for."""
     return events | {
         name
         for name, hooks in HOOKS.items()
-        if hooks and all(set(hook.kinds) & events for hook in hooks)
+        if hooks and all(set(hook.kinds) & events for hook in hooks if not hook.watches)
     }
 
 
@@ -385,7 +393,7 @@ def test_with_neither_both_reasons_are_given_and_once(bare):
         "kprobe programs do not work here: no kprobes"
     )
     for name in OF_FUNCTIONS:
-        assert entry(plan, name).reason == wanted
+        assert entry(plan, name).reason == (ASKED if name in WATCHED else "") + wanted
     assert [why for _, why, _ in plan.unseen].count(wanted) == 1
     assert not any(made.text for made in plan.attachments)
     assert all(name.startswith(("wait_ns.", "hold_ns.")) for name in plan.counted)
@@ -578,6 +586,76 @@ def test_shipped_recipes_suffice(capable, release):
     assert {rungs(plan)[event] for event in INLINED} == {SITE}
 
 
+# --- watchpoints
+
+
+@pytest.fixture(scope="module")
+def hardened(capable) -> Facts:
+    """The same where no program can be put on functions."""
+    return refusing(capable, FENTRY, KPROBE)
+
+
+def test_where_every_page_is_asked_for_a_watchpoint_sees_them(hardened):
+    plan = make_plan(hardened, every_page=True)
+
+    before = rungs(make_plan(hardened))
+    assert rungs(plan) == before | dict.fromkeys(WATCHED, WATCHPOINT)
+    assert {before[name] for name in WATCHED} == {ABSENT}
+    (made,) = [made for made in plan.attachments if made.how == WATCHPOINT]
+    assert (made.target, made.body) == ("ksm_scan.rmap_list", "cmp_and_merge_page")
+    # struct ksm_scan (mm/ksm.c): mm_slot, address, rmap_list.
+    assert made.address == plan.defines["KSM_SCAN_ADDRESS"] + 16
+    assert set(entry(plan, WATCHED[0]).missing_fields) == {"pfn"}
+    assert entry(plan, WATCHED[1]).missing_fields == {}
+    assert {"cmp_and_merge_page", "smart_scan_skips"} < set(plan.counted)
+    assert not {"VISITS_DERIVED", "SEARCHES_DERIVED"} & set(plan.defines)
+
+
+def test_where_every_page_is_not_asked_for_the_reason_says_what_that_would_cost(hardened):
+    plan = make_plan(hardened)
+
+    assert not any(made.how == WATCHPOINT for made in plan.attachments)
+    for name in WATCHED:
+        assert entry(plan, name).reason.startswith(ASKED)
+    (change,) = [change for what, _, change in plan.unseen if "cmp_and_merge_page," in what]
+    assert change.startswith("`record --every-page`")
+
+
+@pytest.mark.parametrize(
+    ("lose", "why"),
+    [
+        (lambda facts: refusing(facts, WATCHPOINT), "watchpoint programs do not work here"),
+        (lambda facts: lacking_define(facts, "KSM_SCAN_ADDRESS"), "the address of ksm_scan"),
+        (lambda facts: lacking_define(facts, "MM_SLOT_RMAP_LIST"), "no ksm_mm_slot.rmap_list"),
+        (lambda facts: lacking_define(facts, "KSMD_PID"), "ksmd's pid is unknown"),
+        (
+            lambda facts: lacking_define(facts, "RMAP_ITEM_REMAINING_SKIPS"),
+            "skips cannot be told from others: this kernel has no ksm_rmap_item.remaining_skips",
+        ),
+        (lambda facts: lacking_define(facts, "PTE_PRESENT"), "know only x86_64"),
+        (lambda facts: without(facts, "tracepoints", "sched_switch"), "no tracepoint sched_switch"),
+    ],
+)
+def test_what_a_watchpoint_takes(hardened, lose, why):
+    plan = make_plan(lose(hardened), every_page=True)
+
+    assert set(WATCHED) <= absent(plan)
+    assert why in entry(plan, "cmp_and_merge_page").reason
+    assert not any(made.how == WATCHPOINT for made in plan.attachments)
+
+
+def test_a_watchpoint_comes_before_what_is_derived_and_behind_a_site(capable):
+    plan = make_plan(capable, every_page=True)
+    assert {rungs(plan)[name] for name in WATCHED} == {WATCHPOINT}
+    # What the function for the page's table entry found is the page.
+    assert entry(plan, "cmp_and_merge_page").missing_fields == {}
+    assert {rungs(plan)[name] for name in ("stable_tree_search", "page_outcomes")} == {DERIVED}
+    plan = make_plan(capable, recipe(CMP, SEARCH), every_page=True)
+    assert (rungs(plan)[WATCHED[0]], rungs(plan)[WATCHED[1]]) == (SITE, DERIVED)
+    plan = make_plan(capable, every_page=True, without=[WATCHPOINT])
+    assert {rungs(plan)[name] for name in WATCHED} == {DERIVED}
+
+
 def test_a_visible_function_comes_before_its_sites(capable):
     functions = {**(capable.functions or {}), "cmp_and_merge_page": 2, "stable_tree_search": 1}
     plan = make_plan(replace(capable, functions=functions), recipe(CMP, SEARCH))
@@ -706,7 +784,7 @@ def test_debians_kernels(tree, wanted, sites):
     facts = replace(
         read_facts(TREES / tree),
         bcc_installed=True,
-        loading=dict.fromkeys(("raw_tracepoint", "kernel_read", "fentry", "kprobe"), WORKS),
+        loading=dict.fromkeys(LOADING_KINDS, WORKS),
     )
     plan = make_plan(facts, recipe(CMP, SEARCH) if sites else None)
 

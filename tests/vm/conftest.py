@@ -86,7 +86,7 @@ def kernel_of() -> Callable[[str], Kernel]:
 
 @pytest.fixture(scope="session")
 def in_guest(tmp_path_factory) -> Callable[..., Path]:
-    """Run a program in a guest, once for all tests of it; returns the folder that it wrote to.
+    """Run a program in a guest, once per arguments for all tests; returns the folder it wrote to.
 
     The program gets the folder's name, and further arguments after it.
     """

@@ -26,8 +26,15 @@ PATIENCE_S = 400
 
 RECORDERS = {
     "best": [],
-    "fentry": ["--without", "tracepoint", "--without", "inlined site"],
+    "fentry": [
+        *("--without", "tracepoint", "--without", "inlined site", "--without", "watchpoint"),
+    ],
     "kprobe": ["--without", "tracepoint", "--without", "fentry"],
+    "no recipe": ["--without", "inlined site"],
+    "watchpoint": [
+        *("--without", "fentry", "--without", "kprobe"),
+        *("--without", "inlined site", "--without", "derived"),
+    ],
 }
 
 WITNESSED = (

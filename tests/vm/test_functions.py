@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ksmtrace.analysis.outcomes import find_page_outcomes
 from ksmtrace.analysis.recorded import Recorded, gather, has_flag
 from ksmtrace.events import EventFlag, Events, SearchOutcome, of_kind
 from ksmtrace.recording.reader import RecordingReader
@@ -26,13 +27,19 @@ guest = SimpleNamespace(**runpy.run_path(str(PROGRAM)))
 RECORDERS = {
     "5.10": [("best",)],
     "6.1": [("best", "fentry")],
-    "6.12": [("best",)],
+    "6.12": [("best", "watchpoint")],
     "7.x": [("best", "fentry"), ("best", "kprobe")],
 }
+WATCHPOINT = "watchpoint"  # tells of visits, and of nothing else
+NO_RECIPE = "no recipe"  # has one too, beside programs on functions
 PAIRS = [
     (series, name)
     for series, guests in RECORDERS.items()
     for name in dict.fromkeys(name for names in guests for name in names)
+    if name != WATCHPOINT
+]
+WATCHED = [
+    series for series, guests in RECORDERS.items() if any(WATCHPOINT in names for names in guests)
 ]
 DERIVED_PAIRS = [(series, name) for series, name in PAIRS if name == "fentry"]
 
@@ -242,6 +249,62 @@ def test_derived_and_site_agree(series: str, name: str, run: Run) -> None:
     assert abs(len(both[0]) - len(both[1])) <= 1
     nr_searches = min(map(len, both))
     assert both[0][:nr_searches] == both[1][:nr_searches]
+
+
+@pytest.mark.parametrize("series", WATCHED)
+def test_watchpoint_and_site_agree(series: str, run: Run) -> None:
+    best, watched = run.recorded["best"], run.recorded[WATCHPOINT]
+    sysfs = run.witness["sysfs"]
+    assert rungs(best)["cmp_and_merge_page"] == "inlined site"
+    for kind in ("cmp_and_merge_page", "should_skip_rmap_item"):
+        assert rungs(watched)[kind] == WATCHPOINT
+    assert rungs(watched)["stable_tree_search"] == "absent"
+    assert watched.why_incomplete() == []
+
+    visits, seen = (of_kind(r.events, "cmp_and_merge_page") for r in (best, watched))
+    assert len(seen) == sysfs["pages_scanned"] == last(watched).counted["cmp_and_merge_page"]
+    assert len(visits) in (len(seen) - 1, len(seen))
+    # The site does not learn that the last visit is over before run=2 has freed the rmap_item.
+    nr_visits = len(seen) - 1
+    for field in ("rmap_item", "mm", "pid", "address", "flags_before", "checksum_changed"):
+        assert np.array_equal(visits[field][:nr_visits], seen[field][:nr_visits]), field
+    assert {*np.unique(seen["flags_before"] & np.uint32(STABLE_FLAG))} == {0, STABLE_FLAG}
+    assert {*np.unique(seen["checksum_changed"])} == {0, 1}
+    assert not watched.has_field("cmp_and_merge_page", "pfn")
+
+    skips, seen = (of_kind(r.events, "should_skip_rmap_item") for r in (best, watched))
+    assert len(seen) == sysfs["pages_skipped"] == last(watched).counted["smart_scan_skips"] > 0
+    for field in ("rmap_item", "mm", "pid", "age", "remaining_skips"):
+        assert np.array_equal(skips[field], seen[field]), field
+
+
+@pytest.mark.parametrize("series", WATCHED)
+def test_what_builds_on_watched_visits_is_as_with_a_site(series: str, in_guest) -> None:
+    # In a guest of their own: of two watchpoints on one address QEMU's emulation triggers one.
+    names = ("best", NO_RECIPE)
+    recorded = load(in_guest(series, PROGRAM, VmOptions(numa_nodes=2), *names), names).recorded
+    best, watched = (recorded[name] for name in names)
+    assert rungs(watched)["cmp_and_merge_page"] == WATCHPOINT
+    assert rungs(watched)["should_skip_rmap_item"] == WATCHPOINT
+    assert rungs(watched)["stable_tree_search"] == rungs(watched)["page_outcomes"] == "derived"
+
+    pages = [places(of_kind(r.events, "cmp_and_merge_page")) for r in (best, watched)]
+    nr_pages = len(pages[1]) - 1
+    assert nr_pages > 1000
+    assert pages[0][:nr_pages] == pages[1][:nr_pages]
+    searches = of_kind(best.events, "stable_tree_search")
+    empty = (searches["nodes"] == 0) & (searches["outcome"] == SearchOutcome.NONE)
+    both = [searched(searches[~empty]), searched(of_kind(watched.events, "stable_tree_search"))]
+    nr_searches = min(map(len, both))
+    assert abs(len(both[0]) - len(both[1])) <= 1
+    assert both[0][:nr_searches] == both[1][:nr_searches]
+    outcomes = [find_page_outcomes(r) for r in (best, watched)]
+    assert outcomes[0] is not None and outcomes[1] is not None
+    # A last visit that the site does not see the end of.
+    changed = {
+        name: outcomes[1].total.get(name, 0) - count for name, count in outcomes[0].total.items()
+    }
+    assert sum(map(abs, changed.values())) <= 1, changed
 
 
 def places(events: Events) -> list[tuple[int, ...]]:
