@@ -472,7 +472,8 @@ static __always_inline void emit_skip(u64 rmap_item, u64 mm, u64 at_ns)
 #ifdef VISITS_WATCHED
 /*
  * Nothing but should_skip_rmap_item writes to remaining_skips: it makes it one less where it skips
- * the page, and more where it ends a skipping (mm/ksm.c). Kernels without smart scan have none.
+ * the page, which is then in no tree, and more where it ends a skipping (mm/ksm.c). In the stable
+ * tree, 7.3 has something else in its place. Kernels without smart scan have none.
  */
 static __always_inline bool was_skipped(struct under_way *at)
 {
@@ -482,7 +483,8 @@ static __always_inline bool was_skipped(struct under_way *at)
 	bpf_probe_read_kernel(&remaining_skips, 1,
 			      (void *)(at->rmap_item + RMAP_ITEM_REMAINING_SKIPS));
 	return at->remaining_skips && remaining_skips == at->remaining_skips - 1 &&
-	       mm_of_rmap_item(at->rmap_item) == at->mm;
+	       mm_of_rmap_item(at->rmap_item) == at->mm &&
+	       !(address_of_rmap_item(at->rmap_item) & STABLE_FLAG);
 #else
 	return false;
 #endif

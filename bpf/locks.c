@@ -510,8 +510,11 @@ ON_TRACEPOINT(sched_switch)
 		return 0;
 #endif
 #ifdef VISITS_WATCHED
+	struct under_way *visiting = now_under_way();
+
 	/* Else a writer to run may free the rmap_item before ksmd goes on. */
-	pass_ends();
+	if (visiting)
+		end_visit(visiting);
 #endif
 #ifdef EMIT_LOCK_HOLD
 	at->ksmd_task = ctx->args[1];

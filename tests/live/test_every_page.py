@@ -1,5 +1,7 @@
 """Every page that ksmd comes to, one by one, on the running kernel."""
 
+import contextlib
+import fcntl
 import re
 from collections import Counter
 from pathlib import Path
@@ -8,9 +10,12 @@ import numpy as np
 import pytest
 
 from ksmtrace.analysis.recorded import gather
+from ksmtrace.capture.bcc_backend import Programs
+from ksmtrace.capture.hooks import WATCHPOINT
 from ksmtrace.capture.plan import make_plan
 from ksmtrace.capture.sites import find_recipe
 from ksmtrace.events import of_kind
+from ksmtrace.kernel.bpf_calls import PERF_IOC_ENABLE, Calls
 from ksmtrace.kernel.facts import add_variables, read_facts
 from ksmtrace.kernel.sysfs import read_ksm
 from ksmtrace.recording.reader import RecordingReader
@@ -90,3 +95,34 @@ def test_every_page_is_told_of_once(live, tmp_path, rungs, case):
             assert (counters[counter]["difference"], counters[counter]["verdict"]) == (0, "exact")
     done = live.run("check", str(path))
     assert (done.returncode, "nothing violated" in done.stdout) == (0, True), done.stdout
+
+
+def test_writes_at_which_the_kernel_left_out_the_program_are_counted(live, monkeypatch, rungs):
+    if WATCHPOINT not in rungs.values():
+        pytest.skip("no watchpoint is taken here")
+    facts = add_variables(read_facts())
+    plan = make_plan(facts, every_page=True)
+
+    def scan() -> int:
+        before = read_ksm()
+        done = live.run("workload", "unique", "--processes", "1", "--pages", str(PAGES))
+        assert done.returncode == 0, done.stderr
+        return read_ksm()["pages_scanned"] - before["pages_scanned"]
+
+    unseen = []
+    attach = Calls.attach
+
+    # As if the kernel had left it out each time: the writes are counted, and no program is run.
+    def attach_late(calls: Calls, step: str, event: int, program: int) -> None:
+        fcntl.ioctl(event, PERF_IOC_ENABLE, 0)
+        unseen.append(scan())
+        attach(calls, step, event, program)
+
+    monkeypatch.setattr(Calls, "attach", attach_late)
+    with contextlib.closing(Programs(plan.attachments, plan.defines, 1 << 20)) as programs:
+        programs.begin()
+        missed = programs.missed()["watchpoint:ksm_scan.rmap_list"]
+        assert missed > unseen[0] > PAGES
+        seen = scan()
+        assert programs.missed()["watchpoint:ksm_scan.rmap_list"] == missed
+        assert programs.counted()["cmp_and_merge_page"] == seen > PAGES

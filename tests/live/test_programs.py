@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 
 from ksmtrace.capture.bcc_backend import Programs
-from ksmtrace.capture.hooks import FENTRY, KPROBE, TRACEPOINT
+from ksmtrace.capture.hooks import FENTRY, KPROBE, TRACEPOINT, WATCHPOINT
 from ksmtrace.capture.plan import make_plan
 from ksmtrace.capture.sites import Frame, Location, Recipe, Site
 from ksmtrace.kernel.facts import read_facts
+from ksmtrace.kernel.loading import KINDS as LOADING_KINDS
 from ksmtrace.kernel.probes import LoadProbe
 
 pytestmark = pytest.mark.live
 
 TREES = Path(__file__).parents[1] / "golden/trees"
-PROGRAM_TYPE_KPROBE = 2
 PROGRAM_TYPE_RAW_TRACEPOINT = 17
+PROGRAM_TYPES = {"kprobe": 2, "kretprobe": 2, WATCHPOINT: 7}
 
 
 def site(function: str, **arguments: Location) -> Site:
@@ -49,14 +50,12 @@ def unattached(monkeypatch):
 
 
 @pytest.mark.parametrize("rung", [FENTRY, KPROBE])
-@pytest.mark.parametrize(("recipe", "every_page"), [(None, False), (RECIPE, True)])
+@pytest.mark.parametrize(("recipe", "every_page"), [(None, False), (RECIPE, True), (None, True)])
 @pytest.mark.parametrize("tree", ["5.10", "6.1", "6.12", "6.18h"])
 def test_every_program_of_every_plan_passes_the_verifier(
     unattached, tree, recipe, every_page, rung
 ):
-    works = dict.fromkeys(
-        ("raw_tracepoint", "kernel_read", "fentry", "kprobe"), LoadProbe(True, "as if")
-    )
+    works = dict.fromkeys(LOADING_KINDS, LoadProbe(True, "as if"))
     facts = replace(read_facts(TREES / tree), loading=works, bcc_installed=True)
     left_out = () if rung == FENTRY else (FENTRY, TRACEPOINT)
     plan = make_plan(facts, recipe, every_page, left_out)
@@ -64,12 +63,14 @@ def test_every_program_of_every_plan_passes_the_verifier(
         {"fentry", "fexit"} if rung == FENTRY else {"kprobe", "kretprobe"}
     )
 
+    is_watched = WATCHPOINT in {made.how for made in plan.attachments}
+    assert is_watched is (every_page and not recipe and tree in ("6.1", "6.12"))
+
     programs = Programs(plan.attachments, plan.defines, 4096)
     try:
         for made in plan.attachments:
             name = programs._prefixes.get(made.how, "") + made.program
-            is_kprobe = made.how in ("kprobe", "kretprobe")
-            kind = PROGRAM_TYPE_KPROBE if is_kprobe else PROGRAM_TYPE_RAW_TRACEPOINT
+            kind = PROGRAM_TYPES.get(made.how, PROGRAM_TYPE_RAW_TRACEPOINT)
             programs._bpf.load_func(name.encode(), kind)
     finally:
         programs.close()
