@@ -466,7 +466,7 @@ HOOKS: Mapping[str, tuple[Hook, ...]] = {
             kinds=("ksm_merge_with_ksm_page",),
             tracepoints={"ksm_merge_with_ksm_page": (5,)},
             switches=("FAILURES_AFTER_THE_FACT",),
-            lacks={"split_err": "no program can be put on functions here"},
+            lacks={"split_err": "not all functions that a merge calls take programs here"},
             how="the page that is mapped there after a merge failed: its cause can only be "
             "inferred, and one that is over by then is not seen",
         ),

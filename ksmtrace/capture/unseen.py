@@ -267,6 +267,8 @@ def _unseen_fields(
 def _change_for_field(
     field: str, names: list[str], events: tuple[EventPlan, ...], defines: Mapping[str, int]
 ) -> str:
+    if field == "split_err":
+        return _CHANGE_FOR_FUNCTION
     derived = {event.event for event in events if event.rung == DERIVED}
     if any(
         field in (hook.lacks or {})
