@@ -436,8 +436,9 @@ def _check_appends(case: Case) -> Finding:
     ok = int((merges.events["err"] == 0).sum())
     undone = int(merges.undone.sum())
     unsure = int(merges.open.sum())
-    # The first attempt comes before its append.
-    appended = int((events["kind"][told] == KIND_BY_NAME["stable_tree_append"].number).sum())
+    # The append of an attempt that was left out is left out, too.
+    appends = events["kind"][told] == KIND_BY_NAME["stable_tree_append"].number
+    appended = int((appends & (told > begins[0])).sum())
     short = ok - undone - appended
     if not 0 <= short <= unsure:
         return violated(

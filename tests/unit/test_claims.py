@@ -905,3 +905,11 @@ def test_a_stream_that_ends_in_the_middle_contradicts_no_counter(recordings, nam
         wrong = {one: f.observed for one, f in verdicts.items() if f.verdict is Verdict.VIOLATED}
         assert not wrong, f"after {end} items"
     assert "C03" in judged
+
+
+def test_an_append_of_an_attempt_from_before_the_recording_is_not_counted(golden):
+    recorded = golden("guest-6.1-lifetime")
+    tries = places(recorded, "ksm_merge_with_ksm_page")
+    second = int(tries[recorded.events["ksm_page"][tries] != 0][0])
+    begun = replace(recorded, events=recorded.events[second:])
+    assert find(begun, "I4").verdict is Verdict.HOLDS

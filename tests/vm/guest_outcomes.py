@@ -139,12 +139,25 @@ def pinned() -> None:
     KEPT.append(area)
 
 
+def large_area(number: int) -> Area:
+    """Map so many huge pages, of pages that all differ, as soon as there are that many."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        put_together()
+        area = Area(number * HUGE_PAGES, huge=True)
+        for page in range(area.pages):
+            area.fill(page, page + 1)
+        found = re.findall(r"AnonHugePages: +(\d+) kB", Path("/proc/self/smaps").read_text())
+        if f"{number * HUGE_PAGES * PAGE >> 10}" in found:
+            return area
+        assert time.monotonic() < deadline, found
+        libc.munmap(ctypes.c_void_p(area.start), ctypes.c_size_t(area.pages * PAGE))
+        KEPT.append(area)  # its map is not unmapped once more
+        time.sleep(0.2)
+
+
 def large_pinned() -> None:
-    put_together()
-    area, pipe, small = Area(LARGE * HUGE_PAGES, huge=True), pipe_of_a_megabyte(), Area(SMALL_TWINS)
-    for page in range(LARGE * HUGE_PAGES):
-        area.fill(page, page + 1)
-    assert "AnonHugePages:      4096 kB" in Path("/proc/self/smaps").read_text()
+    area, pipe, small = large_area(LARGE), pipe_of_a_megabyte(), Area(SMALL_TWINS)
     for number in range(LARGE):
         area.refer(number * HUGE_PAGES + 211, pipe)
     for page in range(SMALL_TWINS):
@@ -155,11 +168,7 @@ def large_pinned() -> None:
 
 
 def large_twins() -> None:
-    put_together()
-    area = Area(HUGE_PAGES, huge=True)
-    for page in range(HUGE_PAGES):
-        area.fill(page, page + 1)
-    assert "AnonHugePages:      2048 kB" in Path("/proc/self/smaps").read_text()
+    area = large_area(1)
     area.fill(5, 4)  # as page 3
     area.mergeable()
     KEPT.append(area)
