@@ -118,6 +118,9 @@ struct under_way {
 	u64 skipped;
 	/* how often the watchpoint was */
 	u64 reached;
+	/* how many are about to end the visit, and the pass */
+	u32 ending_visit;
+	u32 ending_pass;
 };
 BPF_ARRAY(under_way, struct under_way, 1);
 
@@ -563,13 +566,41 @@ static __always_inline void end_visit(struct under_way *at)
 #endif
 }
 
+/*
+ * ksmd may be taken off its CPU in the middle of a program of ours (fentry, preempt=full), where
+ * the one on sched_switch ends the same visit; and it leaves its CPU without ksm_thread_mutex,
+ * which a writer to run may have by then. Of two at a time one goes on, or none: whatever is
+ * under way is then ended by whoever comes next. Without the value that an atomic addition
+ * returns, which BPF has only since 5.12.
+ */
+static __always_inline bool comes_alone(u32 *inside)
+{
+	__sync_fetch_and_add(inside, 1);
+	return *(volatile u32 *)inside == 1;
+}
+
+static __always_inline void goes(u32 *inside)
+{
+	__sync_fetch_and_add(inside, -1);
+}
+
+static __always_inline void end_visit_once(struct under_way *at)
+{
+	if (comes_alone(&at->ending_visit))
+		end_visit(at);
+	goes(&at->ending_visit);
+}
+
 /* ksmd is through with a pass, or takes no other page for now. */
 static __always_inline void pause_visits(struct under_way *at)
 {
-	end_visit(at);
+	if (comes_alone(&at->ending_visit)) {
+		end_visit(at);
 #ifdef EMIT_PAGE_OUTCOMES
-	end_span();
+		end_span();
 #endif
+	}
+	goes(&at->ending_visit);
 }
 
 #if defined(EMIT_PAGE_OUTCOMES) || defined(VISITS_WATCHED)
@@ -1093,9 +1124,9 @@ static __always_inline void passes_by(struct under_way *at, u64 rmap_item, u64 a
 	/* Before ksmd takes the page that it has found, it drops what was in front of it. */
 	if (!(at->looking && !at->rmap_item && at->mm == mm && users &&
 	      (address & ADDRESS_MASK) < at->address && in_ksmd()))
-		end_visit(at);
+		end_visit_once(at);
 #else
-	end_visit(at);
+	end_visit_once(at);
 #endif
 	if (!in_ksmd())
 		return;
@@ -1402,10 +1433,16 @@ static __always_inline void leave___ksm_exit(u64 *args, u64 result, struct call 
 static __always_inline void stop_scan_if_over(struct under_way *at)
 {
 	struct ksm_event *event;
+	bool over = false;
 
-	if (!at->scanning || read_u64(KSM_SCAN_ADDRESS + KSM_SCAN_SEQNR) != at->seq + 1)
+	if (comes_alone(&at->ending_pass)) {
+		over = at->scanning && read_u64(KSM_SCAN_ADDRESS + KSM_SCAN_SEQNR) == at->seq + 1;
+		if (over)
+			at->scanning = 0;
+	}
+	goes(&at->ending_pass);
+	if (!over)
 		return;
-	at->scanning = 0;
 	pause_visits(at);
 #ifdef EMIT_KSM_STOP_SCAN
 	event = begin(KSM_STOP_SCAN);

@@ -514,7 +514,7 @@ ON_TRACEPOINT(sched_switch)
 
 	/* Else a writer to run may free the rmap_item before ksmd goes on. */
 	if (visiting)
-		end_visit(visiting);
+		end_visit_once(visiting);
 #endif
 #ifdef EMIT_LOCK_HOLD
 	at->ksmd_task = ctx->args[1];

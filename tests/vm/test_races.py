@@ -126,7 +126,7 @@ def test_r4_and_r19_by_moving_a_page_that_many_share(run):
     # Each went to the other node. So may those have that were where memory went offline.
     assert len(moved) <= run.races["R19"].times <= run.kernel("migrated")
     assert run.races["R4"].verdict == "not seen"
-    assert f"in {run.kernel('migrated')} migrations" in run.races["R4"].evidence[0]
+    assert f"in {run.kernel('migrated'):,} migrations" in run.races["R4"].evidence[0]
 
 
 def test_look_ups_are_all_timed_and_few_are_long(run):
