@@ -57,7 +57,7 @@ static __always_inline bool is_recording(void)
 	static __always_inline int take_##tracepoint(struct bpf_raw_tracepoint_args *ctx)
 
 #if defined(EMIT_PAGE_OUTCOMES) || defined(VISITS_WATCHED)
-/* In functions.c. */
+/* In visits.c. */
 static __always_inline void pass_ends(void);
 #endif
 

@@ -38,7 +38,7 @@ from .tables import (
 
 if TYPE_CHECKING:
     from ksmtrace.analysis.live import Picture
-    from ksmtrace.analysis.tallies import LiveProcess
+    from ksmtrace.analysis.process_tally import LiveProcess
 
 
 _count, _size, _rate = or_dash(count), or_dash(size), or_dash(rate)

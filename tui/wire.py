@@ -22,8 +22,9 @@ from ksmtrace import errors
 from ksmtrace.analysis.books import Entry
 from ksmtrace.analysis.contention import Contention, Party, Wait
 from ksmtrace.analysis.live import PassFigures, Picture, SamplePoint, Trees
+from ksmtrace.analysis.process_tally import LiveProcess
 from ksmtrace.analysis.rates import Rates
-from ksmtrace.analysis.tallies import LiveProcess, MergeFigures, Pass
+from ksmtrace.analysis.tallies import MergeFigures, Pass
 from ksmtrace.analysis.topics import CauseFigures, PageFigures
 from ksmtrace.analysis.visits import Histogram
 from ksmtrace.claims.claim import Claim, Evidence, Finding, Verdict

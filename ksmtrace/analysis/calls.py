@@ -65,7 +65,7 @@ class Calls:
 
 
 def find_calls(recorded: Recorded) -> dict[str, Calls] | None:
-    """Return the calls per function, by its name in bpf/functions.c; None without any program.
+    """Return the calls per function, by its name in bpf/; None without any program.
 
     They are counted for all processes together.
     """

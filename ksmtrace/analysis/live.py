@@ -15,16 +15,15 @@ from ksmtrace.analysis.books import SKEW_NS, Entry, iter_said
 from ksmtrace.analysis.contention import Contention
 from ksmtrace.analysis.merges import Merges
 from ksmtrace.analysis.passes import find_speed
+from ksmtrace.analysis.process_tally import LiveProcess, ProcessTally
 from ksmtrace.analysis.rates import RateRing, Rates
 from ksmtrace.analysis.recorded import Recorded, has_flag
 from ksmtrace.analysis.tallies import (
     BooksTally,
-    LiveProcess,
     MergeFigures,
     MergeTally,
     Pass,
     PassTally,
-    ProcessTally,
 )
 from ksmtrace.analysis.topics import CauseFigures, CauseTally, PageFigures, PageTally, WaitTally
 from ksmtrace.events import (

@@ -35,6 +35,12 @@ from ksmtrace.events import KINDS, NR_KINDS
 from ksmtrace.kernel.bpf_calls import PERF_IOC_ENABLE, Calls
 
 _RECURSION_MISSES = 208  # offset in struct bpf_prog_info (include/uapi/linux/bpf.h)
+# In this order: a text names what stands before it.
+_ON_TRACEPOINTS = ("ksm.c", "outcomes.c")
+_ON_FUNCTIONS = (
+    *("functions.c", "visits.c", "merging.c", "leaving.c"),
+    *("migration.c", "passes.c", "costs.c"),
+)
 _KFUNC = {"fentry": "kfunc", "fexit": "kretfunc"}  # bcc's words
 
 RING_PAGE_BYTES = 4096
@@ -77,10 +83,10 @@ class Programs:
         )
         attachments = tuple(attachments)
         self._made = [attachment for attachment in attachments if attachment.body]
-        sources = [source] if source else [package / "ksm.c", package / "outcomes.c"]
-        if self._made:
-            sources += [package / "functions.c", package / "costs.c"]
         self._has_locks = source is None
+        sources = [source] if source else [package / name for name in _ON_TRACEPOINTS]
+        if self._made:
+            sources += [package / name for name in _ON_FUNCTIONS]
         if self._has_locks:
             sources.append(package / "locks.c")
         # One text, because bcc makes maps known within one file only.

@@ -1,6 +1,6 @@
 """The ladder: by which hooks each event can be caught, best first. Tables, and nothing else.
 
-A function of mm/ksm.c has one body in bpf/functions.c, whichever way it is reached; an event
+A function of mm/ksm.c has one body in bpf/, whichever way it is reached; an event
 comes from one or more of these bodies. What the kernel has decides which hook is taken
 (:mod:`ksmtrace.capture.plan`).
 """
@@ -37,7 +37,7 @@ class Function:
     """A function that programs are put on.
 
     Attributes:
-        body: its name in bpf/functions.c: ``enter_BODY`` and ``leave_BODY``.
+        body: its name in bpf/: ``enter_BODY`` and ``leave_BODY``.
         names: what it is called in kernels, newest first.
         enters: whether it has a body for its entry.
         leaves: whether it has one for its exit.
@@ -655,7 +655,7 @@ class Attachment:
         target: the tracepoint, the function's name on this kernel, or the variable.
         offset: bytes into the function; 0 but for an inlined site.
         program: the program's name; for a fentry or fexit bcc's prefix goes before it.
-        body: the function's name in bpf/functions.c; "" for a tracepoint's.
+        body: the function's name in bpf/; "" for a tracepoint's.
         text: the line of C that makes the program; "" for those that are written out.
         address: of the variable that is watched.
     """

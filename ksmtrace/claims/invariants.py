@@ -115,7 +115,7 @@ def _check_busy(case: Case) -> Finding:
     if not len(busy):
         return unknown("no search found its page locked (-EBUSY)")
     visits = places_of(events, "cmp_and_merge_page")
-    # The visit is told of just before its search (bpf/functions.c:end_visit).
+    # The visit is told of just before its search (bpf/visits.c:end_visit).
     at = np.searchsorted(visits, busy) - 1
     of_visit = visits[np.maximum(at, 0)]
     known = (at >= 0) & (events["rmap_item"][of_visit] == events["rmap_item"][busy])

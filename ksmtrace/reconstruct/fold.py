@@ -645,7 +645,7 @@ class Fold:
         note("tree_nid", placed | (kinds == _FREE_NODE), acts["nid"])
         self._note_trees(acts, orders, placed, birth)
         # A node that gets sharers anew may be so far down in its chain that the chain was not
-        # found (bpf/functions.c: MOST_DUPS_BEFORE): then what was known holds.
+        # found (bpf/merging.c: MOST_DUPS_BEFORE): then what was known holds.
         told = (kinds == _NEW_CHAIN) | ((kinds == _INSERT) & (acts["chain"] != 0))
         note("chain", told | (kinds == _FREE_CHAIN), np.where(told, acts["chain"], 0))
         crossing = moves & (

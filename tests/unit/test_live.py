@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ksmtrace.analysis import live as live_module
-from ksmtrace.analysis import tallies, topics
+from ksmtrace.analysis import process_tally, tallies, topics
 from ksmtrace.analysis.books import balance
 from ksmtrace.analysis.contention import find_contention
 from ksmtrace.analysis.cows import find_cows
@@ -262,7 +262,7 @@ def test_skipped_events_are_counted_and_told():
 
 
 def test_memory_stays_bounded_when_a_recording_is_taken_in_again_and_again(monkeypatch):
-    monkeypatch.setattr(tallies, "KEPT_PROCESSES", 64)
+    monkeypatch.setattr(process_tally, "KEPT_PROCESSES", 64)
     monkeypatch.setattr(live_module, "KEPT_EVENTS", 1000)
     reader = opened("lifetime")
     items = [item for item in reader if isinstance(item, Batch)]
