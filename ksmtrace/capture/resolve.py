@@ -105,7 +105,11 @@ def resolve(vmlinux: Path, confirmed: Collection[str] = CONFIRMED_FUNCTIONS) -> 
             sites = tuple(_Sites(perf, vmlinux, kernel, copies).resolve(confirmed))
             return Recipe(kernel.build_id, *kernel.banner(), sites, calls)
     except OSError as error:
-        raise UsageError(f"{vmlinux} cannot be read: {error.strerror}") from error
+        raise UsageError(
+            f"{vmlinux} cannot be read: {error.strerror}",
+            "VMLINUX is the kernel's uncompressed image: of the build's own tree, or Debian's "
+            "linux-image-...-dbg",
+        ) from error
 
 
 @dataclass(frozen=True)

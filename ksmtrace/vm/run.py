@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO, Literal, Self
 
-from ksmtrace.errors import BackendUnavailable, LostVM, UsageError
+from ksmtrace.errors import BackendUnavailable, CannotRun, LostVM, UsageError
 from ksmtrace.vm import machine
 from ksmtrace.vm.cache import Notify
 from ksmtrace.vm.console import clean_console, find_death, tail
@@ -41,6 +41,7 @@ _GUESTS_TAKE = (
     "INSTALL_MOD_PATH=. in its tree)"
 )
 _KVM_IS_DEAD = f"no sign of life with KVM in {BOOT_BOUND_S['kvm']:.0f} s"
+_LACKS = "lacks "
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -109,6 +110,7 @@ def run_in_vm(
         notify: is told what takes time or is done another way than asked for.
 
     Raises:
+        CannotRun: QEMU does not start the guest, or it cannot be given all that was asked for.
         LostVM: the guest panicked, oopsed, hung, did not boot, or ended by itself.
     """
     options = options or VmOptions()
@@ -298,9 +300,15 @@ def _await_boot(guest: _Guest, signals: list[int]) -> Literal["up", "silent", "i
         selector.register(guest.control, selectors.EVENT_READ)
         while time.monotonic() < until_s:
             selector.select(_TICK_S)
-            if "up" in guest.read_reports():
-                guest.boot_s = time.monotonic() - guest.started_s
-                return "up"
+            for report in guest.read_reports():
+                if report.startswith(_LACKS):
+                    raise CannotRun(
+                        f"the guest could not be given {report.removeprefix(_LACKS)}",
+                        "ask for less, or look whether its kernel has what that takes",
+                    )
+                if report == "up":
+                    guest.boot_s = time.monotonic() - guest.started_s
+                    return "up"
             if signals:
                 return "interrupted"
             if guest.has_ended():

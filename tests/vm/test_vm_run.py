@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ksmtrace.errors import LostVM
+from ksmtrace.errors import CannotRun, LostVM
 from ksmtrace.vm import Outcome, VmOptions, run_in_vm
 
 pytestmark = pytest.mark.vm
@@ -82,6 +82,13 @@ def test_a_panic_is_a_lost_guest_and_no_failing_command(kernel_of) -> None:
         )
     assert lost.value.console_tail[0].endswith("Kernel panic - not syncing: sysrq triggered crash")
     assert any("sysrq_handle_crash" in line for line in lost.value.console_tail)
+
+
+def test_a_guest_that_cannot_have_what_was_asked_for_runs_nothing(kernel_of, tmp_path) -> None:
+    options = VmOptions(writable=[tmp_path], swap_bytes=1 << 62)
+    with pytest.raises(CannotRun, match=f"given {1 << 62} bytes of swap"):
+        run_in_vm(["touch", str(tmp_path / "ran")], kernel_of("6.12"), options, capture=True)
+    assert not (tmp_path / "ran").exists()
 
 
 def guests_of(parent: int) -> list[str]:
