@@ -358,13 +358,17 @@ def trees(picture: Picture | None, sample: CounterSample | None, look: Look) -> 
             if by_events is None
             else (count(by_events, look))
         )
+        counted = number(sample, name)
         lines.append(
             [
                 (f"  {label:<15}", MUTED),
-                (cell(count(number(sample, name), look), 10), BOLD),
+                (cell(count(counted, look), 10), BOLD),
                 (cell(told, 10), ""),
             ]
         )
+        # mm/ksm.c:should_skip_rmap_item takes a page off its tree; what is in none is volatile.
+        if name == "pages_volatile" and counted and number(sample, "smart_scan"):
+            lines[-1][2] = ("  with skipped pages", MUTED)
     return lines
 
 

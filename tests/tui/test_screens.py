@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from ksmtrace.analysis.frames import open_recording
 from ksmtrace.tui.draw import Look, width_of
 from ksmtrace.tui.graphs import GRAPHS, graphs
 from ksmtrace.tui.lines import Lines
 from ksmtrace.tui.locks import locks
 from ksmtrace.tui.moment import Phase
-from ksmtrace.tui.overview import overview
+from ksmtrace.tui.overview import overview, trees
 
 SIZES = pytest.mark.parametrize("size", [(80, 24), (160, 50)], ids=["80x24", "160x50"])
 KEYS = {"overview": "1", "processes": "2", "trees": "3", "outcomes": "4", "locks": "5"}
@@ -31,6 +32,17 @@ def test_every_screen(tui, name, size):
     tui.drive(tui.replay(name), act, size)
     for tab, text in screens.items():
         tui.compare(f"{name}-{tab}-{size[0]}x{size[1]}", text)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "says"),
+    [("guest-7.x-churn", 10, "139  with skipped pages"), ("volatile", 1, "106")],
+    ids=["smart scan", "without"],
+)
+def test_volatile_says_whether_skipped_pages_are_in_it(tui, name, place, says):
+    sample = open_recording(tui.recordings / f"{name}.ksmt").samples[place]
+    texts = ["".join(text for text, _ in one) for one in trees(None, sample, Look(79))]
+    assert [text.split(maxsplit=1)[1].rstrip() for text in texts if "volatile" in text] == [says]
 
 
 @pytest.mark.parametrize("columns", [80, 160])
