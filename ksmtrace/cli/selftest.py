@@ -190,6 +190,8 @@ def _in_guest(
                         memory_bytes=_GUEST_MEMORY_BYTES,
                         numa_nodes=2,
                         swap_bytes=_GUEST_SWAP_BYTES,
+                        # What cannot be judged without is unknown then.
+                        needs_swap=False,
                         hotplug_bytes=_GUEST_HOTPLUG_BYTES,
                         writable=[folder],
                     ),

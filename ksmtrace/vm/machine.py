@@ -34,6 +34,7 @@ class VmOptions:
         cpus: virtual CPUs; emulated by one thread, so more of them make nothing faster.
         numa_nodes: NUMA nodes, which share memory and CPUs evenly.
         swap_bytes: size of the swap on compressed memory (zram); 0 for none.
+        needs_swap: False: the command runs without it where the kernel has no zram.
         hotplug_bytes: memory beyond ``memory_bytes`` that is in ZONE_MOVABLE, so that its blocks
             can be taken offline.
         writable: host directories that the guest really writes to.
@@ -45,6 +46,7 @@ class VmOptions:
     cpus: int = 1
     numa_nodes: int = 1
     swap_bytes: int = 0
+    needs_swap: bool = True
     hotplug_bytes: int = 0
     writable: Sequence[Path] = ()
     append: Sequence[str] = ()
@@ -99,6 +101,7 @@ def write_run_directory(
         "release": kernel.release,
         "modules": str(kernel.modules or ""),
         "swap": str(options.swap_bytes),
+        "needs_swap": "yes" if options.needs_swap else "",
         "writable": "".join(f"{directory}\n" for directory in options.writable),
     }
     (run / "settings").write_text(

@@ -91,6 +91,17 @@ def test_a_guest_that_cannot_have_what_was_asked_for_runs_nothing(kernel_of, tmp
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_guest_that_does_not_need_its_swap_does_without(kernel_of) -> None:
+    result = run_in_vm(
+        ["cat", "/proc/swaps"],
+        kernel_of("6.12"),
+        VmOptions(swap_bytes=64 << 20, needs_swap=False, append=["module_blacklist=zram"]),
+        capture=True,
+    )
+    assert result.exit_status == 0
+    assert len((result.stdout or b"").splitlines()) == 1  # its heading
+
+
 def guests_of(parent: int) -> list[str]:
     listed = subprocess.run(
         ["ps", "--no-headers", "-o", "args", "--ppid", str(parent)], capture_output=True, text=True
