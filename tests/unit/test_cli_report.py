@@ -100,6 +100,7 @@ def test_an_unknown_section_is_status_2_and_lists_the_names():
             "guest-6.12-pinned-derived",
             [
                 "ksmd looked at 160 pages (derived)",
+                "searches of the stable tree (derived, without those of an empty tree)",
                 "0 more were skipped by smart_scan",
                 "8 failed with EFAULT",
                 "5 were undone",

@@ -19,6 +19,8 @@ _OUTCOMES = {
 
 def lines(content: dict[str, Any], everything: bool) -> Iterator[str]:
     """Yield the section's lines; ``everything`` leaves no row out."""
+    from ksmtrace.capture.hooks import DERIVED
+
     visits = content["visits"]
     if visits is None:
         yield f"PAGE BY PAGE: {not_counted(content)}"
@@ -47,9 +49,12 @@ def lines(content: dict[str, Any], everything: bool) -> Iterator[str]:
     outcomes = ", ".join(
         f"{_OUTCOMES[name]} {count:,}" for name, count in searches.items() if count
     )
+    rung = rungs["stable_tree_search"]
+    # A search is derived from the stable_nodes that it looks up.
+    by = f"{rung}, without those of an empty tree" if rung == DERIVED else rung
     yield (
         f"  {sum(searches.values()):,} searches of the stable tree"
-        f"{_by_rung(rungs['stable_tree_search'])}{f' found: {outcomes}' if outcomes else ''}"
+        f"{_by_rung(by)}{f' found: {outcomes}' if outcomes else ''}"
     )
     nodes = visits["search_nodes"]
     if nodes:
